@@ -1,0 +1,320 @@
+"""One softmax over [memories | context], entered through transformers' own attention interface.
+
+`attend` is registered under one name per original implementation. Without the keyword argument `memory3` it *is* the
+original; with it, the object given decides at every layer: `Reading` adds memories, `decoder` has two that write.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from memory3.spec import Memory, MemorySpec
+
+Attended = tuple[Tensor, Tensor | None]
+Original = Callable[..., Attended]
+KEYWORD = "memory3"
+"""The keyword argument of the model's forward that carries a `Hook` to every attention layer."""
+
+
+class Hook(Protocol):
+    """What a forward pass may carry to the attention of every layer."""
+
+    def attend(self, original: Original, module: nn.Module, states: States, options: dict[str, Any]) -> Attended:
+        """Output `(B, Q, H * G, D)` of one layer, and its weights where the original gives them."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Rotated queries `(B, H * G, Q, D)`, keys and values `(B, H, Q + past, D)` and the mask of one layer."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+    def through(self, original: Original, module: nn.Module, options: dict[str, Any]) -> Attended:
+        """The model's own attention on these states."""
+        return original(module, self.query, self.key, self.value, self.mask, **options)
+
+
+def attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> Attended:
+    """The original attention, or what the `memory3` keyword's hook makes of it."""
+    hook: Hook | None = options.pop(KEYWORD, None)
+    original = _original(implementation, module)
+    states = States(query, key, value, attention_mask)
+    return states.through(original, module, options) if hook is None else hook.attend(original, module, states, options)
+
+
+def _original(implementation: str, module: nn.Module) -> Original:
+    """`eager` is a function of the file that defines the module; the others are registered."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found: Original = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)  # type: ignore[no-untyped-call]
+    return found
+
+
+ORIGINALS = ("eager", "sdpa")
+"""Attention implementations that memory can enter; their masks say which key each query may see."""
+
+
+def registered_name(original: str) -> str:
+    """Name under which memory's attention over `original` is known to transformers."""
+    return f"memory3_{original}"
+
+
+def register() -> None:
+    """Tell transformers of our attention and, under the same name, of the mask it needs (else it gets none)."""
+    for original in ORIGINALS:
+        AttentionInterface.register(registered_name(original), partial(attend, original))
+        AttentionMaskInterface.register(registered_name(original), ALL_MASK_ATTENTION_FUNCTIONS[original])
+
+
+register()
+
+
+@dataclass(frozen=True)
+class MemoryStack:
+    """Memories of several references, filled up to the longest.
+
+    Args:
+        keys: `(N, P, K, D)`; values: the same.
+        counts: `(N,)` kept tokens of each memory; the places behind them are filler.
+        positions: `(N, P, K)` places inside the references.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, memories: Sequence[Memory], dtype: torch.dtype, device: torch.device) -> MemoryStack:
+        """Stack single memories on a device; at least one."""
+        longest = max(m.count for m in memories)
+
+        def padded(rows: list[Tensor], kind: torch.dtype) -> Tensor:
+            full = rows[0].new_zeros((len(rows), rows[0].shape[0], longest, *rows[0].shape[2:]))
+            for target, row in zip(full, rows, strict=True):
+                target[:, : row.shape[1]] = row
+            return full.to(device=device, dtype=kind)
+
+        return cls(
+            padded([m.keys for m in memories], dtype),
+            padded([m.values for m in memories], dtype),
+            torch.tensor([m.count for m in memories], device=device),
+            padded([m.positions for m in memories], torch.long),
+        )
+
+    def unstacked(self) -> list[Memory]:
+        """Single memories without filler, detached and contiguous."""
+        rows = []
+        for n, count in enumerate(self.counts.tolist()):
+            keys, values, positions = (t[n, :, :count].detach() for t in (self.keys, self.values, self.positions))
+            rows.append(Memory(keys.clone(), values.clone(), positions.to(torch.uint8).clone()))
+        return rows
+
+
+@dataclass
+class Trace:
+    """What the queries of one forward pass paid to their memories: weights of the joint softmax.
+
+    `references[layer]` is `(B, Q, R)`, the mean over the layer's memory query heads; with `tokens_too`,
+    `tokens[layer]` is `(B, Q, heads, R, K)` for those heads.
+    """
+
+    tokens_too: bool = False
+    references: dict[int, Tensor] = field(default_factory=dict)
+    tokens: dict[int, Tensor] = field(default_factory=dict)
+
+    def note(self, layer: int, weights: Tensor) -> None:
+        """Take the weights `(B, Q, heads, R, K)` of one layer."""
+        self.references[layer] = weights.sum(-1).mean(2)
+        if self.tokens_too:
+            self.tokens[layer] = weights
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The chunks that have memories: `M` of them, each at most `S` queries long."""
+
+    sequence: Tensor  # (M,) which sequence the chunk belongs to
+    query: Tensor  # (M, S) its queries; filler repeats the first
+    real: Tensor  # (M, S) bool
+    memory: Tensor  # (M, R) rows of the stack; filler is 0
+    present: Tensor  # (M, R) bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Memories for the chunks of a batch, read at the memory layers.
+
+    Args:
+        stack: the distinct memories of the batch.
+        table: `(B, C, R)` int64, rows of the stack that each chunk reads; -1 for none.
+        chunks: `(B, Q)` int64, the chunk of each query; -1 reads nothing (reference BOS and padding).
+        spec: resolved spec that the memories were written with.
+        trace: takes the attention that memories received.
+    """
+
+    stack: MemoryStack
+    table: Tensor
+    chunks: Tensor
+    spec: MemorySpec
+    trace: Trace | None = None
+
+    @cached_property
+    def groups(self) -> _Groups:
+        """Queries gathered by chunk; one sort per forward pass, shared by all layers."""
+        chunk_count = self.table.shape[1]
+        wanted = (self.table >= 0).any(-1)  # (B, C)
+        reads = self.chunks.ge(0) & wanted.gather(1, self.chunks.clamp(min=0))
+        rows, queries = reads.nonzero(as_tuple=True)
+        group = rows * chunk_count + self.chunks[rows, queries]
+        order = torch.argsort(group, stable=True)
+        ids, sizes = torch.unique_consecutive(group[order], return_counts=True)
+        longest = int(sizes.max()) if len(sizes) else 0
+        place = torch.arange(longest, device=ids.device)[None, :]
+        start = sizes.cumsum(0) - sizes
+        real = place < sizes[:, None]
+        index = (start[:, None] + place).where(real, start[:, None])
+        memory = self.table.flatten(0, 1)[ids]
+        return _Groups(ids // chunk_count, queries[order][index], real, memory.clamp(min=0), memory >= 0)
+
+    def attend(self, original: Original, module: nn.Module, states: States, options: dict[str, Any]) -> Attended:
+        """At memory layers one softmax over memories and context; elsewhere, or with nothing to read, the original."""
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        assert self.spec.layers is not None
+        if layer not in self.spec.layers or not len(self.groups.sequence):
+            return states.through(original, module, options)
+        score = _Scoring.of(module, states, options)
+        context, context_lse = _over_context(states, score, options.get("s_aux"))
+        memory, memory_lse, weights = self._over_memories(layer, states, score)
+        output, share = merge(context, context_lse, memory, memory_lse)
+        if self.trace is not None:
+            self._note(layer, weights, share)
+        return output.transpose(1, 2).contiguous(), None
+
+    def _over_memories(self, layer: int, states: States, score: _Scoring) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention over the memories alone, batched over chunks.
+
+        Returns the output `(B, H * G, Q, D)`, its log-sum-exp `(B, H * G, Q)` (minus infinity where nothing is read) and
+        the weights `(M, H, G, S, R * K)`, where `H` are the layer's memory heads.
+        """
+        groups, rows = self.groups, self.spec.rows_of(layer)
+        heads = torch.tensor(self.spec.heads_of(layer), device=states.query.device)
+        batch, query_heads, length, dim = states.query.shape
+        grouped = states.query.unflatten(1, (states.key.shape[1], -1))[:, heads]  # (B, H, G, Q, D)
+        query = grouped.permute(0, 3, 1, 2, 4)[groups.sequence[:, None], groups.query].permute(0, 2, 3, 1, 4)
+        keys, values = (t[:, rows][groups.memory].transpose(1, 2).flatten(2, 3) for t in (self.stack.keys, self.stack.values))
+        slot = torch.arange(self.stack.keys.shape[2], device=query.device)
+        valid = (groups.present[..., None] & (slot < self.stack.counts[groups.memory][..., None])).flatten(1)  # (M, R * K)
+        logits = score.logits(query, keys.to(query.dtype)[:, :, None])
+        logits = logits.masked_fill(~valid[:, None, None, None, :], float("-inf"))
+        lse = torch.logsumexp(logits, -1)
+        weights = torch.exp(logits - lse[..., None])
+        output = score.mixed(weights, values.to(query.dtype)[:, :, None])
+        target = groups.sequence[:, None].expand_as(groups.real)[groups.real], groups.query[groups.real]
+        spread = output.permute(0, 3, 1, 2, 4)[groups.real]  # (queries, H, G, D)
+        full = spread.new_zeros((batch, length, states.key.shape[1], grouped.shape[2], dim))
+        full_lse = lse.new_full(full.shape[:-1], float("-inf"))
+        at = (target[0][:, None], target[1][:, None], heads[None, :])
+        full = full.index_put(at, spread)
+        full_lse = full_lse.index_put(at, lse.permute(0, 3, 1, 2)[groups.real])
+        flat = (batch, length, query_heads)
+        return full.reshape(*flat, dim).transpose(1, 2), full_lse.reshape(flat).transpose(1, 2), weights
+
+    def _note(self, layer: int, weights: Tensor, share: Tensor) -> None:
+        """Joint weights to the trace, back in the order of the queries."""
+        assert self.trace is not None
+        groups, references = self.groups, self.table.shape[-1]
+        batch, _, length = share.shape
+        chosen = share.unflatten(1, (-1, weights.shape[2]))[:, list(self.spec.heads_of(layer))].flatten(1, 2)  # (B, heads, Q)
+        full = weights.new_zeros((batch, length, chosen.shape[1], weights.shape[-1]))
+        at = groups.sequence[:, None].expand_as(groups.real)[groups.real], groups.query[groups.real]
+        full = full.index_put(at, weights.flatten(1, 2).transpose(1, 2)[groups.real])
+        joint = full * chosen.transpose(1, 2)[..., None]
+        self.trace.note(layer, joint.unflatten(-1, (references, -1)).detach())
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How a family turns queries and keys into logits, and weights into outputs."""
+
+    scaling: float
+    softcap: float | None
+    dropout: float
+
+    @classmethod
+    def of(cls, module: nn.Module, states: States, options: dict[str, Any]) -> _Scoring:
+        scaling = options.get("scaling")
+        default = states.query.shape[-1] ** -0.5
+        return cls(default if scaling is None else scaling, options.get("softcap"), float(options.get("dropout") or 0.0))
+
+    def logits(self, query: Tensor, key: Tensor) -> Tensor:
+        """Scaled and capped `query @ key.T`, float32."""
+        logits = torch.matmul(query, key.transpose(-1, -2)).float() * self.scaling
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def mixed(self, weights: Tensor, value: Tensor) -> Tensor:
+        """`weights @ value` in the dtype of the values, with the module's dropout while it trains."""
+        return torch.matmul(functional.dropout(weights, self.dropout, self.dropout > 0).to(value.dtype), value)
+
+
+def _over_context(states: States, score: _Scoring, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The causal attention, as the masks of transformers define it: output `(B, H * G, Q, D)` and log-sum-exp."""
+    query = states.query.unflatten(1, (states.key.shape[1], -1))  # (B, H, G, Q, D)
+    logits = score.logits(query, states.key[:, :, None]).flatten(1, 2)  # (B, H * G, Q, keys)
+    logits = _masked(logits, states.mask)
+    lse = torch.logsumexp(logits, -1)
+    if sinks is not None:  # a logit per query head that takes weight and gives nothing: counted here, and only here
+        lse = torch.logaddexp(lse, sinks.float()[None, :, None].expand_as(lse))
+    weights = torch.exp(logits - lse[..., None]).unflatten(1, query.shape[1:3])
+    return score.mixed(weights, states.value[:, :, None]).flatten(1, 2), lse
+
+
+def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Masked logits; no mask means plain causal, as transformers leaves it out where the kernel knows it."""
+    lowest = torch.finfo(logits.dtype).min
+    if mask is None:
+        queries, keys = logits.shape[-2:]
+        if queries == 1:
+            return logits
+        later = torch.ones(queries, keys, dtype=torch.bool, device=logits.device).triu(1)
+        return logits.masked_fill(later, lowest)
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask[..., : logits.shape[-1]], lowest)
+    return (logits + mask[..., : logits.shape[-1]].float()).clamp(min=lowest)
+
+
+def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two softmaxes over disjoint keys as one softmax over both (design 7.5).
+
+    Args:
+        first: `(..., D)` output of the first softmax, whose log-sum-exp `(...)` is finite.
+        second: output of the second; its log-sum-exp may be minus infinity where it has no keys.
+
+    Returns:
+        The joint output `(..., D)` in the dtype of `first`, and the share `(...)` of the second in the joint softmax.
+    """
+    total = torch.logaddexp(first_lse, second_lse)
+    share = torch.exp(second_lse - total)
+    joint = first.float() * torch.exp(first_lse - total)[..., None] + second.float() * share[..., None]
+    return joint.to(first.dtype), share

@@ -1,0 +1,306 @@
+"""A bank: memories, their texts and an index, in one folder (docs/bank.md).
+
+Records go to disk before the rows that point at them, so a kill leaves at most bytes that nothing points at.
+One process writes at a time; any number read, and see each batch whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from memory3.catalogue import FOLDER, Catalogue, Entry, Hit, check_id
+from memory3.codec import Codec, RawCodec
+from memory3.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from memory3.shards import Shards
+from memory3.spec import BankError, BankMismatch, Memory, MemorySpec, Reference
+
+__all__ = ["Bank", "Hit", "MemoryWriter"]
+
+MAX_SHARD_BYTES = 256 * 2**20
+LOCK = "write.lock"
+SHARDS = "shards"
+
+
+class MemoryWriter(Protocol):
+    """What a bank and `write` need of a decoder."""
+
+    spec: MemorySpec
+    """Resolved: layers and heads spelled out."""
+    tokenizer: Any
+    head_dim: int
+    dtype: torch.dtype
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values `model`, `weights`, `tokenizer`, `rotation`, `spec`, `head_dim`, `dtype` (docs/bank.md)."""
+
+    def encode(self, texts: Sequence[str]) -> list[Memory]:
+        """Memories `(P, K, D)` of the texts, in order."""
+
+
+class Bank:
+    """A folder of memories that one model wrote.
+
+    Args:
+        path: the folder.
+        decoder: the model that reads or writes; `None` opens the bank to look at it, not to write.
+        create: make the bank where there is none.
+        codec: codec of a new bank, by default raw in the dtype of the model; for an existing one it must match.
+        max_shard_bytes: size limit of the key-value files of a new bank.
+
+    Raises:
+        BankError: missing, damaged, or a folder of something else.
+        BankMismatch: written by another model, tokenizer, rotation, spec, codec or format.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        decoder: MemoryWriter | None = None,
+        create: bool = False,
+        *,
+        codec: Codec | None = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        self.path, self.decoder = Path(path), decoder
+        self._lock: int | None = None
+        self._depth = 0
+        if not (self.path / MANIFEST).is_file():
+            self._create(create, codec, max_shard_bytes)
+        self.manifest = Manifest.load(self.path)
+        if decoder is not None:
+            self.manifest.check(self.path, decoder.identity())
+        if codec is not None and codec != self.manifest.codec:
+            raise BankMismatch(
+                f"{self.path} has codec {_named(self.manifest.codec)}, expected {_named(codec)}: "
+                f"leave the codec out, or write a new bank: memory3 write … --bank NEW"
+            )
+        self._catalogue = Catalogue(self.path / FOLDER)
+        self._shards = Shards(self.path / SHARDS, self.manifest.record_bytes, self.manifest.records_per_shard)
+
+    def __enter__(self) -> Bank:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Memories in the bank."""
+        return len(self._catalogue)
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, str) and bool(self._catalogue.locate([id]))
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes that reading one memory takes from disk."""
+        return self.manifest.record_bytes
+
+    def close(self) -> None:
+        """Unmap the key-value files; the bank may be used again, and maps them again."""
+        self._shards.close()
+
+    # Read
+
+    def ids(self) -> list[str]:
+        """Ids of all memories, ascending."""
+        return self._catalogue.ids()
+
+    def sources(self) -> dict[str, int]:
+        """All sources and how many references each has."""
+        return self._catalogue.sources()
+
+    def missing(self, ids: Iterable[str]) -> list[str]:
+        """Those ids that the bank has no memory for, in order, each once."""
+        wanted = list(dict.fromkeys(ids))
+        known = self._catalogue.locate(wanted)
+        return [id for id in wanted if id not in known]
+
+    def references(self, ids: Iterable[str]) -> dict[str, list[Reference]]:
+        """The text of each memory at every place it came from, by source and span; `BankError` for unknown ids."""
+        wanted = list(dict.fromkeys(ids))
+        found = self._catalogue.references(wanted)
+        self._refuse_unknown(id for id in wanted if id not in found)
+        return found
+
+    def read(self, ids: Sequence[str]) -> list[Memory]:
+        """Memories `(P, K, D)` on the CPU, in the dtype of the decoder; each its own copy.
+
+        Raises:
+            BankError: an id is unknown, or its record is damaged.
+        """
+        places = self._catalogue.locate(ids)
+        self._refuse_unknown(id for id in ids if id not in places)
+        return [self._read(id, *places[id]) for id in ids]
+
+    def search(self, query: str, k: int) -> list[Hit]:
+        """The `k` memories whose text shares most with the words of the query (BM25); score descending, then id."""
+        return self._catalogue.search(query, k)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and sizes, as plain JSON values; sizes in bytes."""
+        spec = MemorySpec.from_json(self.manifest.identity["spec"])
+        count, total = len(self), sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        return {
+            "path": str(self.path),
+            "references": count,
+            "sources": len(self.sources()),
+            "bytes": total,
+            "bytes_per_reference": self.record_bytes,
+            "shard_bytes": self._shards.total_bytes(),
+            "text_bytes": self._catalogue.text_bytes(),
+            "model": self.manifest.identity["model"],
+            "layers": list(spec.layers or ()),
+            "heads": [list(row) for row in spec.heads or ()],
+            "tokens_per_head": spec.tokens_per_head,
+            "codec": self.manifest.codec.name,
+            "created": self.manifest.created,
+            "created_by": self.manifest.created_by,
+            "format_version": FORMAT_VERSION,
+        }
+
+    # Write
+
+    def add(self, references: Sequence[Reference], memories: Sequence[Memory]) -> int:
+        """Store a batch of references with their memories; how many memories were new.
+
+        Content that the bank has already only gains its new (source, span) rows. Records are on disk before rows.
+
+        Raises:
+            BankError: the memories do not fit the bank, the disk is full, or another process writes.
+        """
+        if len(references) != len(memories):
+            raise BankError(f"found {len(memories)} memories for {len(references)} references, expected one each")
+        by_id = {r.id: (_storable(r), m) for r, m in zip(reversed(references), reversed(memories), strict=True)}
+        with self.exclusive():
+            new = [by_id[id] for id in self.missing(r.id for r in references)]
+            if new:
+                self._append([r for r, _ in new], [m for _, m in new])
+            self._catalogue.add_spans(references)
+        return len(new)
+
+    def add_sources(self, references: Sequence[Reference]) -> int:
+        """Note further places of texts that the bank has; how many were new. `BankError` for texts it does not have."""
+        with self.exclusive():
+            self._refuse_unknown(self.missing(_storable(r).id for r in references))
+            return self._catalogue.add_spans(references)
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Remove memories with all their sources and zero their records; how many. `BankError` for unknown ids."""
+        wanted = list(dict.fromkeys(ids))
+        with self.exclusive():
+            self._refuse_unknown(self.missing(wanted))
+            self._forget(wanted)
+        return len(wanted)
+
+    def delete_source(self, source: str) -> int:
+        """Remove a source; a memory goes with the last of its (source, span) rows. How many memories went."""
+        with self.exclusive():
+            orphans = self._catalogue.delete_source(source)
+            self._forget(orphans)
+        return len(orphans)
+
+    def refresh(self) -> None:
+        """Bring the indexes up to date. Searches find new rows before that too, more slowly."""
+        with self.exclusive():
+            self._catalogue.optimise()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Be the only writer inside the block, across processes; may be nested.
+
+        Raises:
+            BankError: another writer is at work, or the bank was opened without a decoder.
+        """
+        if self.decoder is None:
+            raise BankError(f"{self.path} was opened without a model, to be looked at: open it with the model that wrote it to write")
+        if self._depth == 0:
+            self._lock = self._take_lock()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0 and self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _take_lock(self) -> int:
+        try:
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise BankError(f"{self.path} cannot be written ({error.strerror}): make the folder writable") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BankError(f"{self.path} is being written by another process, expected one writer at a time: wait for it") from None
+        return descriptor
+
+    def _create(self, create: bool, codec: Codec | None, max_shard_bytes: int) -> None:
+        """Lay out an empty bank; the manifest comes last, so a folder with one is complete."""
+        if not create:
+            raise BankError(f"no bank at {self.path}; write one: memory3 write SOURCES --bank {self.path}")
+        if self.decoder is None:
+            raise BankError(f"no bank at {self.path}, and none can be made without a model: give the decoder that will write it")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _OURS)
+        except OSError as error:
+            raise BankError(f"{self.path} cannot be made ({error.strerror}): give a folder that can be written") from error
+        if foreign:
+            raise BankError(f"{self.path} is no bank, it holds {foreign[0]!r} and more: give an empty or a new folder")
+        with self.exclusive():
+            if not (self.path / MANIFEST).is_file():
+                Catalogue(self.path / FOLDER, create=True)
+                Manifest.new(self.decoder.identity(), codec or RawCodec.of(self.decoder.dtype), max_shard_bytes).save(self.path)
+
+    def _append(self, references: Sequence[Reference], memories: Sequence[Memory]) -> None:
+        assert self.decoder is not None, "exclusive() has checked"
+        codec, shape = self.manifest.codec, self.manifest.shape
+        records = [codec.encode(memory, shape, r.id) for r, memory in zip(references, memories, strict=True)]
+        lengths = [len(ids) for ids in self.decoder.tokenizer([r.text for r in references], add_special_tokens=False)["input_ids"]]
+        places = self._shards.append(records)
+        self._catalogue.add_memories([Entry(*row) for row in zip(references, lengths, places, strict=True)])
+
+    def _read(self, id: str, shard: int, slot: int) -> Memory:
+        record = self._shards.read(shard, slot)
+        memory = self.manifest.codec.decode(record, self.manifest.shape, id, self._shards.describe((shard, slot)))
+        dtype = memory.keys.dtype if self.decoder is None else self.decoder.dtype
+        return Memory(memory.keys.to(dtype), memory.values.to(dtype), memory.positions)
+
+    def _forget(self, ids: Sequence[str]) -> None:
+        places = self._catalogue.locate(ids)
+        self._catalogue.delete(ids)
+        self._shards.erase(places.values())
+
+    def _refuse_unknown(self, ids: Iterable[str]) -> None:
+        unknown = [check_id(id) for id in ids]
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise BankError(f"{self.path} has no memory {unknown[0]}{more}: it was deleted, or never written here")
+
+
+_OURS = {LOCK, FOLDER, SHARDS, f"{MANIFEST}.new"}
+
+
+def _storable(reference: Reference) -> Reference:
+    """The reference itself; `BankError` where its text or source is no valid Unicode."""
+    try:
+        f"{reference.text}{reference.source}".encode()
+    except UnicodeEncodeError as error:
+        raise BankError(
+            f"found a lone surrogate in the reference at {reference.source!r}:{reference.start} ({error.reason}), expected valid text"
+        ) from None
+    return reference
+
+
+def _named(codec: Codec) -> str:
+    return f"{codec.name} {codec.parameters()}"

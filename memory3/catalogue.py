@@ -1,0 +1,204 @@
+"""Texts and sources of a bank, and where its records lie: two LanceDB tables with a full-text index (docs/bank.md)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memory3.shards import Place
+from memory3.spec import BankError, Reference
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FOLDER = "index.lance"
+_IDS_PER_QUERY = 1024
+_TIES = 32
+_KEPT_VERSIONS = timedelta(hours=1)
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A found memory: the larger the score, the closer to the query."""
+
+    id: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A new row of `memories`: a reference, its length in tokens, and where its record lies."""
+
+    reference: Reference
+    tokens: int
+    place: Place
+
+
+class Catalogue:
+    """The tables `memories` (one row per memory) and `sources` (one row per memory, source and span).
+
+    Every call sees what other processes committed before it. Only `Bank` writes, under its lock.
+
+    Raises:
+        BankError: the tables are missing or cannot be opened.
+    """
+
+    def __init__(self, folder: Path, *, create: bool = False) -> None:
+        import lancedb
+
+        try:
+            database = lancedb.connect(folder, read_consistency_interval=timedelta(0))
+            if create:
+                _create(database)
+            self._memories, self._sources = database.open_table("memories"), database.open_table("sources")
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise BankError(f"{folder} cannot be opened ({reason}): restore it from a copy, or write a new bank") from error
+
+    def __len__(self) -> int:
+        return int(self._memories.count_rows())
+
+    def locate(self, ids: Iterable[str]) -> dict[str, Place]:
+        """Places of those memories that exist."""
+        columns = ("id", "shard", "slot")
+        return {row["id"]: (row["shard"], row["slot"]) for row in _rows_with(self._memories, "id", ids, columns)}
+
+    def references(self, ids: Iterable[str]) -> dict[str, list[Reference]]:
+        """For each memory that exists its text at every place it came from, ordered by source and span."""
+        wanted = list(ids)
+        texts = {row["id"]: row["text"] for row in _rows_with(self._memories, "id", wanted, ("id", "text"))}
+        found: dict[str, list[Reference]] = {id: [] for id in wanted if id in texts}
+        for id, source, start, end in sorted(self._spans(texts)):
+            found[id].append(Reference(texts[id], source, start, end))
+        return {id: spans or [Reference(texts[id])] for id, spans in found.items()}
+
+    def ids(self) -> list[str]:
+        """All ids, ascending."""
+        return sorted(self._memories.search().select(["id"]).to_arrow()["id"].to_pylist())
+
+    def sources(self) -> dict[str, int]:
+        """All sources and how many spans each has, by name."""
+        counts = self._sources.search().select(["source"]).to_arrow()["source"].value_counts().to_pylist()
+        return {row["values"]: row["counts"] for row in sorted(counts, key=lambda row: str(row["values"]))}
+
+    def text_bytes(self) -> int:
+        """Bytes of all texts in UTF-8."""
+        import pyarrow.compute as pc
+
+        return int(pc.sum(pc.binary_length(self._memories.search().select(["text"]).to_arrow()["text"])).as_py() or 0)
+
+    def search(self, text: str, k: int) -> list[Hit]:
+        """The `k` best memories by BM25 for the words of `text`; score descending, then id.
+
+        Ties are settled by id among the first `k + 32` that the index returns.
+        """
+        from lancedb.query import MatchQuery
+
+        if k < 1 or not text.strip():
+            return []
+        query = MatchQuery(text.encode("utf-8", "replace").decode("utf-8"), "text")
+        found = self._memories.search(query, query_type="fts").select(["id", "_score"]).limit(k + _TIES).to_arrow()
+        hits = [Hit(row["id"], float(row["_score"])) for row in found.to_pylist()]
+        return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
+
+    def add_memories(self, entries: Sequence[Entry]) -> None:
+        """One committed batch of new memories."""
+        import pyarrow as pa
+
+        now = datetime.now(UTC)
+        rows = [
+            {"id": e.reference.id, "text": e.reference.text, "tokens": e.tokens, "shard": e.place[0], "slot": e.place[1], "created": now}
+            for e in entries
+        ]
+        self._memories.add(pa.Table.from_pylist(rows, schema=_memories_schema()))
+
+    def add_spans(self, references: Iterable[Reference]) -> int:
+        """One committed batch of those spans that are new; their number."""
+        import pyarrow as pa
+
+        wanted = dict.fromkeys((r.id, r.source, r.start, r.end) for r in references)
+        known = set(self._spans(dict.fromkeys(row[0] for row in wanted)))
+        new = [dict(zip(_SPAN, row, strict=True)) for row in wanted if row not in known]
+        if new:
+            self._sources.add(pa.Table.from_pylist(new, schema=_sources_schema()))
+        return len(new)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove memories and all their spans."""
+        for some in _batches(ids):
+            self._memories.delete(_among("id", some))
+            self._sources.delete(_among("memory", some))
+
+    def delete_source(self, source: str) -> list[str]:
+        """Remove the spans of a source; the memories that are left without any, themselves still there."""
+        quoted = source.replace("'", "''")
+        condition = f"source = '{quoted}'"
+        touched = self._sources.search().where(condition).select(["memory"]).to_arrow()["memory"].to_pylist()
+        self._sources.delete(condition)
+        ids = list(dict.fromkeys(touched))
+        kept = {row[0] for row in self._spans(ids)}
+        return [id for id in ids if id not in kept]
+
+    def optimise(self) -> None:
+        """Bring the indexes up to date, join small files, and drop versions of the tables older than an hour."""
+        for table in (self._memories, self._sources):
+            table.optimize(cleanup_older_than=_KEPT_VERSIONS)
+
+    def _spans(self, ids: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
+        for row in _rows_with(self._sources, "memory", ids, _SPAN):
+            yield row["memory"], row["source"], row["start"], row["end"]
+
+
+_SPAN = ("memory", "source", "start", "end")
+
+
+def check_id(id: str) -> str:
+    """The id itself; `BankError` where it is not 32 hexadecimal digits."""
+    if not isinstance(id, str) or not _ID.fullmatch(id):
+        raise BankError(f"found memory id {id!r}, expected 32 hexadecimal digits: take it from a citation or a search")
+    return id
+
+
+def _rows_with(table: Any, column: str, ids: Iterable[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for some in _batches(list(dict.fromkeys(ids))):
+        yield from table.search().where(_among(column, some)).select(list(columns)).to_arrow().to_pylist()
+
+
+def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (ids[i : i + _IDS_PER_QUERY] for i in range(0, len(ids), _IDS_PER_QUERY))
+
+
+def _among(column: str, ids: Sequence[str]) -> str:
+    """An SQL condition; ids are checked, so nothing needs quoting."""
+    listed = ", ".join(f"'{check_id(id)}'" for id in ids)
+    return f"{column} IN ({listed})"
+
+
+def _create(database: Any) -> None:
+    """Empty tables with their indexes; what is already there stays."""
+    from lancedb.index import FTS, BTree
+
+    memories = database.create_table("memories", schema=_memories_schema(), exist_ok=True)
+    sources = database.create_table("sources", schema=_sources_schema(), exist_ok=True)
+    for table, column, index in ((memories, "text", FTS(with_position=False)), (memories, "id", BTree()), (sources, "memory", BTree())):
+        if not any(column in existing.columns for existing in table.list_indices()):
+            table.create_index(column, config=index)
+
+
+def _memories_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    fields = {"id": pa.string(), "text": pa.string(), "tokens": pa.int32(), "shard": pa.int32(), "slot": pa.int32()}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in (fields | {"created": pa.timestamp("us", "UTC")}).items()])
+
+
+def _sources_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    fields = {"memory": pa.string(), "source": pa.string(), "start": pa.int64(), "end": pa.int64()}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields.items()])

@@ -1,0 +1,484 @@
+"""Any Hugging Face decoder with memory: attach, encode references, run with memories, detach."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memory3.attention import KEYWORD, ORIGINALS, Attended, MemoryStack, Original, Reading, States, Trace, registered_name
+from memory3.identity import tokenizer_fingerprint, weights_fingerprint
+from memory3.rotation import CaughtRotations, checked_limit, frequencies, position_limit, rotates
+from memory3.selection import LayerStates, kept_positions, selection
+from memory3.spec import REFERENCE_PREFIX, Memory, MemorySpec, SpecError, UnsupportedModel
+
+SPEC_FILE = "memory_spec.json"
+"""Beside the weights of a model that was trained for memory: the spec it was trained with."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the last memory layer has given its key-values: later layers are never computed."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a probe of the memory layers found: kv heads, head dim, and which layers rotate."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    rotates: dict[int, bool]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A batch of contexts as the model is given it, all `(B, L)`.
+
+    `chunks` is each token's chunk; -1 for the reference BOS and padding. `length` of each context without padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    chunks: Tensor
+
+
+class _Probe:
+    """Keeps the keys of the first layers of one pass, with and without rotation."""
+
+    def __init__(self, last_layer: int, caught: CaughtRotations) -> None:
+        self.last_layer, self.caught = last_layer, caught
+        self.keys: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, original: Original, module: nn.Module, states: States, options: dict[str, Any]) -> Attended:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        self.keys[layer] = (states.key, self.caught.undo(module, states.query, states.key)[1])
+        if layer == self.last_layer:
+            raise _Stop
+        return states.through(original, module, options)
+
+
+class _Writing:
+    """Keeps the key-values of references at the memory layers and stops behind the last."""
+
+    def __init__(self, decoder: Decoder, token_ids: Tensor, mask: Tensor, caught: CaughtRotations, stop: bool) -> None:
+        self.decoder, self.token_ids, self.mask, self.caught, self.stop = decoder, token_ids, mask, caught, stop
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def attend(self, original: Original, module: nn.Module, states: States, options: dict[str, Any]) -> Attended:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        layers = self.decoder.spec.layers
+        assert layers is not None
+        if layer in layers:
+            self.kept.append(self._keep(layer, module, states, options))
+        if self.stop and layer == layers[-1]:
+            raise _Stop
+        return states.through(original, module, options)
+
+    def _keep(self, layer: int, module: nn.Module, states: States, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values `(N, heads, K, D)` and positions `(N, heads, K)` of one layer."""
+        spec, skip = self.decoder.spec, len(self.decoder.prefix_ids)
+        heads = list(spec.heads_of(layer))
+        keys, values = (t[:, heads, skip:] for t in (states.key, states.value))
+        with torch.no_grad():
+            positions = self._positions(layer, module, states, options.get("scaling"))[:, heads]
+        index = positions[..., None].expand(*positions.shape, keys.shape[-1])
+        return keys.gather(2, index), values.gather(2, index), positions
+
+    def _positions(self, layer: int, module: nn.Module, states: States, scaling: float | None) -> Tensor:
+        """Places `(N, H, K)` that the selection keeps; all of them need no score."""
+        spec, skip = self.decoder.spec, len(self.decoder.prefix_ids)
+        count, heads, length = states.key.shape[0], states.key.shape[1], self.mask.shape[1]
+        if spec.slots >= length:
+            return torch.arange(length, device=states.key.device).expand(count, heads, length)
+        query, key = states.query.float(), states.key.float()
+        if self.decoder.geometry.rotates[layer]:
+            query, key = self.caught.undo(module, query, key)
+        query = query.unflatten(1, (heads, -1))[..., skip:, :]
+        scale = states.key.shape[-1] ** -0.5 if scaling is None else scaling
+        scored = LayerStates(query, key[:, :, skip:], self.mask, self.token_ids, scale, layer)
+        return kept_positions(selection(spec.selection).score(scored), self.mask, spec.slots)[0]
+
+
+class Decoder:
+    """A decoder with explicit memory; made by `attach`, a context manager that detaches on leaving.
+
+    Attributes:
+        model: the user's model; outside of calls that carry memory it computes what it always did.
+        spec: the resolved memory spec.
+        prefix_ids: token ids of the reference BOS `<s>Reference:`.
+        trained: whether the model says that it was trained for memory.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, spec: MemorySpec, geometry: Geometry, original: str, trained: bool) -> None:
+        self.model, self.tokenizer, self.trained = model, tokenizer, trained
+        self.spec = spec.resolved(geometry.num_layers, geometry.num_kv_heads)
+        self.geometry = geometry
+        self.prefix_ids = self.bos_ids + self.tokens(REFERENCE_PREFIX)
+        self._original = original
+        self._limit = position_limit(model.config.get_text_config())
+        self._fingerprints: dict[int, str] = {}
+
+    # ---- life ----
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Give the model its own attention back; the decoder is of no use afterwards."""
+        self.model.set_attn_implementation(self._original)
+
+    def using(self, spec: MemorySpec) -> Decoder:
+        """The same attached model under another spec; its memory layers must not lie above the probed ones' last."""
+        last = spec.resolved(self.geometry.num_layers, self.geometry.num_kv_heads).layers
+        assert last is not None
+        geometry = self.geometry
+        if last[-1] not in geometry.rotates:
+            geometry = _probed(self.model, self.tokenizer, geometry.num_layers, last[-1])
+        return Decoder(self.model, self.tokenizer, spec, geometry, self._original, self.trained)
+
+    # ---- facts ----
+
+    @property
+    def head_dim(self) -> int:
+        """`D`."""
+        return self.geometry.head_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of keys and values."""
+        found: torch.dtype = self.model.dtype
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        found: torch.device = self.model.get_input_embeddings().weight.device
+        return found
+
+    @property
+    def bos_ids(self) -> list[int]:
+        """`<s>` where the tokenizer has one."""
+        return [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
+
+    @property
+    def context_start(self) -> int:
+        """Position of the first context token: behind the reference BOS and the references' interval."""
+        return len(self.prefix_ids) + self.spec.reference_length
+
+    @property
+    def name(self) -> str:
+        """Name of the model for people."""
+        return Path(str(self.model.config.name_or_path or type(self.model).__name__)).name
+
+    def remember_fingerprint(self, fingerprint: str) -> None:
+        """Take the fingerprint of unchanged files as this model's own, so that opening a bank need not hash."""
+        assert self.spec.layers is not None
+        self._fingerprints[self.spec.layers[-1]] = fingerprint
+
+    def identity(self) -> dict[str, Any]:
+        """What a bank must share with its reader, as JSON values: weights, tokenizer, rotation, spec and head dim."""
+        assert self.spec.layers is not None
+        last = self.spec.layers[-1]
+        if last not in self._fingerprints:
+            self._fingerprints[last] = weights_fingerprint(self.model, last)
+        return {
+            "model": self.name,
+            "weights": self._fingerprints[last],
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "rotation": frequencies(self.model),
+            "spec": self.spec.to_json(),
+            "head_dim": self.head_dim,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    # ---- text ----
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a text without special tokens."""
+        return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def context(self, text: str) -> list[int]:
+        """Token ids of a context: `<s>`, where the tokenizer has one, and the text."""
+        return self.bos_ids + self.tokens(text)
+
+    # ---- write ----
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> list[Memory]:
+        """One memory per text, in one padded batch; `SpecError` where a text is empty or over-long."""
+        return self.encode_tokens([self.tokens(text) for text in texts])
+
+    @torch.no_grad()
+    def encode_tokens(self, rows: Sequence[Sequence[int]]) -> list[Memory]:
+        """One memory per row of token ids, without gradient and without filler."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self.stack(rows).unstacked() if rows else []
+        finally:
+            self.model.train(was_training)
+
+    def stack(self, rows: Sequence[Sequence[int]]) -> MemoryStack:
+        """Memories of references given as token ids, with gradient where it is enabled.
+
+        Only the layers up to the last memory layer run. Raises `SpecError` on an empty or over-long row.
+        """
+        return self.stack_with_states(rows, through=False)[0]
+
+    def stack_with_states(self, rows: Sequence[Sequence[int]], through: bool = True) -> tuple[MemoryStack, Tensor | None]:
+        """`stack`, and with `through` the last hidden states `(N, T, d)` of the references from a pass through all layers."""
+        _checked_lengths(rows, self.spec.reference_length)
+        longest = max(map(len, rows))
+        token_ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        mask = torch.arange(longest, device=self.device)[None, :] < lengths[:, None]
+        kept, found = self._written(token_ids, mask, stop=not through)
+        keys, values, positions = (torch.cat(parts, 1) for parts in zip(*kept, strict=True))
+        return MemoryStack(keys, values, lengths.clamp(max=self.spec.slots), positions), found
+
+    def _written(
+        self, token_ids: Tensor, mask: Tensor, stop: bool
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+        count, prefix = token_ids.shape[0], torch.tensor(self.prefix_ids, device=self.device, dtype=torch.long)
+        input_ids = torch.cat([prefix.expand(count, -1), token_ids], 1)
+        attention = torch.cat([torch.ones(count, len(prefix), dtype=torch.long, device=self.device), mask.long()], 1)
+        positions = torch.arange(input_ids.shape[1], device=self.device).expand(count, -1)
+        checked_limit(positions, self._limit)
+        caught = CaughtRotations()
+        writing = _Writing(self, token_ids, mask, caught, stop)
+        with caught.catching(self.model):
+            output = _run_until_stop(self.model.base_model, input_ids, attention, positions, writing)
+        return writing.kept, None if output is None else output.last_hidden_state[:, len(prefix) :]
+
+    # ---- read ----
+
+    def layout(
+        self,
+        contexts: Sequence[Sequence[int]],
+        *,
+        padding_side: str = "left",
+        grid: Sequence[Sequence[int]] | None = None,
+        memory: bool = True,
+    ) -> Layout:
+        """Contexts of token ids (with their `<s>`) as one batch.
+
+        Args:
+            contexts: token ids of each sequence.
+            padding_side: `left` or `right`; decoding needs left.
+            grid: chunk of each context token; by default every `chunk_length` tokens from the first.
+            memory: with memory the reference BOS stands at 0 and the context behind the references' interval; without,
+                the context starts at 0 and nothing precedes it.
+        """
+        prefix, start = (self.prefix_ids, self.context_start) if memory else ([], 0)
+        longest = max(len(c) for c in contexts) + len(prefix)
+        rows: list[tuple[list[int], list[int], list[int], list[int]]] = []
+        for b, context in enumerate(contexts):
+            chunk = list(grid[b]) if grid is not None else [i // self.spec.chunk_length for i in range(len(context))]
+            ids = [*prefix, *context]
+            places = [*range(len(prefix)), *range(start, start + len(context))]
+            fill = longest - len(ids)
+            rows.append(
+                (
+                    _padded(ids, fill, 0, padding_side),
+                    _padded([1] * len(ids), fill, 0, padding_side),
+                    _padded(places, fill, 0, padding_side),
+                    _padded([-1] * len(prefix) + (chunk if memory else [-1] * len(context)), fill, -1, padding_side),
+                )
+            )
+        tensors = [torch.tensor(list(column), device=self.device, dtype=torch.long) for column in zip(*rows, strict=True)]
+        return Layout(*tensors)
+
+    def reading(
+        self, chunks: Tensor, memories: Sequence[Sequence[Sequence[Memory]]], trace: Trace | None = None
+    ) -> Reading | None:
+        """Memories for each chunk of each sequence, any number of them; the same object is loaded once.
+
+        Args:
+            chunks: `(B, Q)` as in `Layout`.
+            memories: `memories[b][c]` are read by chunk `c` of sequence `b`.
+
+        Returns:
+            What `forward` takes; `None` where there is nothing to read.
+        """
+        distinct: dict[int, Memory] = {}
+        row_of: dict[int, int] = {}
+        for memory in (m for sequence in memories for chunk in sequence for m in chunk):
+            if id(memory) not in row_of:
+                row_of[id(memory)] = len(row_of)
+                distinct[id(memory)] = memory
+        if not distinct:
+            return None
+        chunk_count = max(len(s) for s in memories)
+        most = max(len(c) for s in memories for c in s)
+        table = torch.full((len(memories), chunk_count, most), -1, dtype=torch.long)
+        for b, sequence in enumerate(memories):
+            for c, chunk in enumerate(sequence):
+                table[b, c, : len(chunk)] = torch.tensor([row_of[id(m)] for m in chunk], dtype=torch.long)
+        stack = MemoryStack.of(list(distinct.values()), self.dtype, self.device)
+        return Reading(stack, table.to(self.device), chunks, self.spec, trace)
+
+    def forward(self, layout: Layout, reading: Reading | None = None, *, base: bool = False, **options: Any) -> Any:
+        """The model's own output for a batch, reading memories; `options` go to the model (cache, logits_to_keep).
+
+        With `base` the model without its output embeddings runs, and gives hidden states instead of logits.
+        """
+        checked_limit(layout.position_ids, self._limit)
+        extra = {} if reading is None else {KEYWORD: reading}
+        return (self.model.base_model if base else self.model)(
+            input_ids=layout.input_ids,
+            attention_mask=layout.attention_mask,
+            position_ids=layout.position_ids,
+            **extra,
+            **options,
+        )
+
+
+def _padded(row: list[int], fill: int, value: int, side: str) -> list[int]:
+    return [value] * fill + row if side == "left" else row + [value] * fill
+
+
+def _checked_lengths(rows: Sequence[Sequence[int]], most: int) -> None:
+    for n, row in enumerate(rows):
+        if not 1 <= len(row) <= most:
+            raise SpecError(f"found reference {n} with {len(row)} tokens, expected 1 to {most}: split it with memory3.references")
+
+
+def _run_until_stop(model: Any, input_ids: Tensor, mask: Tensor, positions: Tensor, hook: Any) -> Any:
+    try:
+        return model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False, **{KEYWORD: hook})
+    except _Stop:
+        return None
+
+
+# ---- attach ----
+
+
+def attach(model: Any, tokenizer: Any, spec: MemorySpec | None = None) -> Decoder:
+    """Give a transformers causal LM explicit memory.
+
+    Args:
+        model: any decoder whose layers all attend through transformers' attention interface.
+        tokenizer: its tokenizer.
+        spec: by default the spec the model was trained with (`memory_spec.json` beside its weights), else `MemorySpec()`.
+
+    Raises:
+        UnsupportedModel: the model cannot read memory; the message names why.
+
+    Warns:
+        UserWarning: the model was never trained for memory, or its own spec is overruled.
+    """
+    _checked_family(model)
+    own = trained_spec(model)
+    chosen = _chosen_spec(own, spec, model)
+    config = model.config.get_text_config()
+    original = str(config._attn_implementation)
+    if original not in ORIGINALS:
+        raise UnsupportedModel(
+            f"found attention {original!r}, expected one of {', '.join(ORIGINALS)}: load the model with attn_implementation='sdpa'"
+        )
+    num_layers = int(config.num_hidden_layers)
+    last = chosen.resolved(num_layers, 10**6).layers if chosen.heads is None else chosen.layers or tuple(range((num_layers + 1) // 2))
+    assert last is not None
+    if last[-1] >= num_layers:
+        chosen.resolved(num_layers, 10**6)
+    model.set_attn_implementation(registered_name(original))
+    try:
+        geometry = _probed(model, tokenizer, num_layers, last[-1])
+        return Decoder(model, tokenizer, chosen, geometry, original, own is not None)
+    except BaseException:
+        model.set_attn_implementation(original)
+        raise
+
+
+def trained_spec(model: Any) -> MemorySpec | None:
+    """The spec in `memory_spec.json` of the model's folder or hub repository; `None` where there is none."""
+    from transformers.utils import cached_file
+
+    name = str(getattr(model.config, "name_or_path", "") or "")
+    if not name:
+        return None
+    folder = Path(name)
+    found = folder / SPEC_FILE if folder.is_dir() else None
+    if found is None:
+        cached = cached_file(
+            name, SPEC_FILE, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+        )
+        found = Path(cached) if cached else None
+    if found is None or not found.is_file():
+        return None
+    import json
+
+    return MemorySpec.from_json(json.loads(found.read_text("utf-8")))
+
+
+def _chosen_spec(own: MemorySpec | None, given: MemorySpec | None, model: Any) -> MemorySpec:
+    if own is None:
+        warnings.warn(
+            f"found no {SPEC_FILE} with {type(model).__name__}: it was never trained for memory and will hardly read any; "
+            "train it with `memory3 train`",
+            stacklevel=3,
+        )
+        return given or MemorySpec()
+    if given is not None and given != own:
+        warnings.warn(f"the given memory spec overrules the one the model was trained with: {own}", stacklevel=3)
+    return given or own
+
+
+def _checked_family(model: Any) -> None:
+    config = model.config.get_text_config()
+    kind = config.model_type
+    reason = None
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    if model.config.is_encoder_decoder:
+        reason = "it is an encoder-decoder, and memory is read by a decoder's self-attention"
+    elif getattr(config, "kv_lora_rank", None) is not None:
+        reason = "its latent attention stores compressed key-values, not keys and values per head"
+    elif layer_types - {"full_attention", "sliding_attention"}:
+        reason = f"its {', '.join(sorted(layer_types - {'full_attention', 'sliding_attention'}))} layers have no plain self-attention to read memory with"
+    elif getattr(config, "num_kv_shared_layers", 0):
+        reason = "some of its layers share the key-values of others"
+    elif not getattr(model, "_supports_attention_backend", False):
+        reason = "its layers do not attend through transformers' attention interface (linear attention, state space or old code)"
+    if reason is not None:
+        raise UnsupportedModel(f"found {kind}, expected a decoder with self-attention in every layer: {reason}")
+
+
+@torch.no_grad()
+def _probed(model: Any, tokenizer: Any, num_layers: int, last_layer: int) -> Geometry:
+    """Run a few tokens at two places through the memory layers; proves that the keyword reaches each of them."""
+    size = min(int(model.get_input_embeddings().weight.shape[0]), len(tokenizer) or 1)
+    device = model.get_input_embeddings().weight.device
+    ids = (torch.arange(8, device=device) * 7 + 3).remainder(size).expand(2, -1)
+    positions = torch.stack([torch.arange(8, device=device), torch.arange(8, device=device) + 5])
+    caught = CaughtRotations()
+    probe = _Probe(last_layer, caught)
+    was_training = model.training
+    model.eval()
+    try:
+        with caught.catching(model):
+            _run_until_stop(model.base_model, ids, torch.ones_like(ids), positions, probe)
+    finally:
+        model.train(was_training)
+    missing = [layer for layer in range(last_layer + 1) if layer not in probe.keys]
+    if missing:
+        raise UnsupportedModel(
+            f"found {model.config.model_type} whose layers {missing} were not reached by the memory keyword, expected every "
+            "layer up to the last memory layer to attend through transformers' interface"
+        )
+    shapes = {(int(k.shape[1]), int(k.shape[3])) for k, _ in probe.keys.values()}
+    if len(shapes) > 1:
+        raise UnsupportedModel(f"found layers of different kv heads and head dims {sorted(shapes)}, expected one shape in all")
+    found = {layer: rotates((k[0], k[1]), (u[0], u[1]), layer) for layer, (k, u) in probe.keys.items()}
+    ((heads, dim),) = shapes
+    return Geometry(num_layers, heads, dim, found)

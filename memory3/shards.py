@@ -1,0 +1,148 @@
+"""Flat files of fixed-size records: appended and synced when written, memory-mapped when read (docs/bank.md)."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from memory3.spec import BankError
+
+Place = tuple[int, int]
+"""Shard number and slot inside it."""
+
+_NAME = re.compile(r"(\d{5})\.kv")
+
+
+class Shards:
+    """The shard files of a folder.
+
+    Args:
+        folder: where `00000.kv`, `00001.kv`, ... lie; made at the first append.
+        record_bytes: size of every record.
+        per_shard: most records of one file.
+    """
+
+    def __init__(self, folder: Path, record_bytes: int, per_shard: int) -> None:
+        self.folder, self.record_bytes, self.per_shard = folder, record_bytes, per_shard
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def append(self, records: Sequence[bytes]) -> list[Place]:
+        """Write records behind all others and sync them to disk; their places, in order.
+
+        Raises:
+            BankError: the disk is full or refuses; the files are as they were before.
+        """
+        places: list[Place] = []
+        before = self._sizes()
+        try:
+            self.folder.mkdir(exist_ok=True)
+            while len(places) < len(records):
+                places += self._append_to_last(records[len(places) :])
+        except OSError as error:
+            self._restore(before)
+            raise BankError(f"{self.folder} could not take {len(records)} records ({error.strerror}): free some space, write again") from error
+        return places
+
+    def read(self, shard: int, slot: int) -> bytearray:
+        """A private copy of one record; `BankError` where the file is missing or too short."""
+        start = slot * self.record_bytes
+        view = self._view(shard, start + self.record_bytes)
+        return bytearray(view[start : start + self.record_bytes])
+
+    def erase(self, places: Iterable[Place]) -> None:
+        """Overwrite records with zeros and sync; what a lost or cut file no longer holds is passed over."""
+        by_shard: dict[int, list[int]] = {}
+        for shard, slot in places:
+            by_shard.setdefault(shard, []).append(slot)
+        for shard, slots in by_shard.items():
+            try:
+                self._erase_in(shard, slots)
+            except OSError as error:
+                raise BankError(f"{self._path(shard)} cannot be erased in ({error.strerror}): make it writable") from error
+
+    def total_bytes(self) -> int:
+        """Bytes of all shard files."""
+        return sum(self._sizes().values())
+
+    def close(self) -> None:
+        """Unmap everything; a later read maps again."""
+        for view in self._maps.values():
+            view.close()
+        self._maps.clear()
+
+    def describe(self, place: Place) -> str:
+        """The place in words, for errors."""
+        return f"record {place[1]} of {self._path(place[0])}"
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}.kv"
+
+    def _sizes(self) -> dict[int, int]:
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return {int(match[1]): path.stat().st_size for path in found if (match := _NAME.fullmatch(path.name))}
+
+    def _append_to_last(self, records: Sequence[bytes]) -> list[Place]:
+        """Fill up the last shard, or a new one where it is full; a torn record at its end is overwritten."""
+        sizes = self._sizes()
+        shard = max(sizes, default=0)
+        first = sizes.get(shard, 0) // self.record_bytes
+        if first >= self.per_shard:
+            shard, first = shard + 1, 0
+        batch = records[: self.per_shard - first]
+        descriptor = os.open(self._path(shard), os.O_RDWR | os.O_CREAT, 0o644)
+        with open(descriptor, "r+b") as file:
+            file.seek(first * self.record_bytes)
+            file.writelines(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        if first == 0:
+            sync_folder(self.folder)
+        return [(shard, first + i) for i in range(len(batch))]
+
+    def _restore(self, before: dict[int, int]) -> None:
+        for shard, size in self._sizes().items():
+            if shard not in before:
+                self._path(shard).unlink()
+            elif size > before[shard]:
+                os.truncate(self._path(shard), before[shard])
+
+    def _view(self, shard: int, end: int) -> mmap.mmap:
+        """The mapped shard, at least `end` bytes long; the size is asked each time, for a cut file would kill the process."""
+        path = self._path(shard)
+        try:
+            size = path.stat().st_size
+            if not 0 < end <= size:
+                raise BankError(f"{path} has {size} bytes, expected at least {end}: it was cut; write its documents again (memory3 write)")
+            view = self._maps.get(shard)
+            if view is None or len(view) < end:
+                with path.open("rb") as file:
+                    view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+                self._maps[shard] = view
+            return view
+        except OSError as error:
+            raise BankError(
+                f"{path} cannot be read ({error.strerror}): restore it from a copy, or write its documents again (memory3 write)"
+            ) from error
+
+    def _erase_in(self, shard: int, slots: Iterable[int]) -> None:
+        held = self._sizes().get(shard, 0) // self.record_bytes
+        if held == 0:
+            return
+        with self._path(shard).open("r+b") as file:
+            for slot in (s for s in slots if s < held):
+                file.seek(slot * self.record_bytes)
+                file.write(bytes(self.record_bytes))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

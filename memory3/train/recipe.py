@@ -1,0 +1,116 @@
+"""The recipe of the model that ships: its shape, tokenizer, data and phases."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memory3.decoder import Decoder, attach
+from memory3.spec import MemorySpec
+from memory3.train.loop import Schedule, Settings, TrainError, run
+from memory3.train.reading import Passage, Phase, ReadingObjective
+from memory3.train.tokenizer import trained_tokenizer
+
+LAYERS = (0, 1, 2, 3)
+"""Memory layers, fixed from the first step: the reading heads settle where memory is (design section 4)."""
+VOCABULARY = 8192
+STEPS = 4000
+QUESTIONS_HEAVY = (("question", 0.6), ("cloze", 0.25), ("completion", 0.15))
+PHASES = (
+    Phase(900, ((1, 0.8), (2, 0.2)), ((None, 1.0),), (("question", 0.2), ("cloze", 0.3), ("completion", 0.5)), 0.5, 0.4),
+    Phase(
+        2000, ((1, 0.3), (3, 0.4), (5, 0.3)), ((None, 0.5), (64, 0.3), (32, 0.2)), QUESTIONS_HEAVY, 0.25, 0.7, 0.08, batch=16, contexts=3
+    ),
+    Phase(
+        STEPS,
+        ((1, 0.1), (3, 0.3), (5, 0.6)),
+        ((None, 0.2), (64, 0.2), (32, 0.35), (16, 0.2), (8, 0.05)),
+        QUESTIONS_HEAVY,
+        0.1,
+        0.8,
+        0.08,
+        batch=16,
+        contexts=3,
+    ),
+)
+
+
+def passages(data: Path, plain: int) -> tuple[list[Passage], list[Passage]]:
+    """Training passages of `data`: those of `qa.parquet` with their train questions (boolq apart), and `plain` others."""
+    import pyarrow.parquet as pq
+
+    for name in ("qa.parquet", "passages.parquet"):
+        if not (data / name).is_file():
+            raise TrainError(f"found no {name} in {data}, expected the training data: give its folder with --data")
+    questions: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for row in pq.read_table(data / "qa.parquet").to_pylist():
+        answer = next((a.strip() for a in row["answers"] if a.strip() and a.strip() in row["passage"]), None)
+        if row["split"] == "train" and row["dataset"] != "boolq" and answer and len(answer) < 60:
+            questions.setdefault((row["title"] or "", row["passage"]), []).append((row["question"].strip(), answer))
+    asked = [Passage(title, text, tuple(pairs)) for (title, text), pairs in questions.items()]
+    table = pq.read_table(data / "passages.parquet", columns=["title", "text"])
+    stride = max(1, table.num_rows // plain)
+    rest = [Passage(r["title"] or "", r["text"]) for r in table.take(list(range(0, table.num_rows, stride))).to_pylist()]
+    return asked, [p for p in rest if len(p.text.split()) >= 20]
+
+
+def fresh_model(tokenizer: Any) -> Any:
+    """A Llama-architecture decoder of 6.2 M parameters with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config._attn_implementation = "eager"  # on CPU its backward is faster than the masked sdpa kernel at this length
+    return LlamaForCausalLM(config)
+
+
+def prepared(data: Path, folder: Path, seed: int = 0, plain: int = 60_000) -> tuple[Decoder, ReadingObjective]:
+    """The untrained decoder and its objective; the tokenizer is trained once and kept in `folder`."""
+    asked, rest = passages(data, plain)
+    place = folder / "tokenizer"
+    if not (place / "tokenizer.json").exists():
+        trained_tokenizer(_texts(asked, rest), VOCABULARY).save_pretrained(place)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    torch.manual_seed(seed)
+    model = fresh_model(tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it is about to be trained for memory
+        decoder = attach(model, tokenizer, MemorySpec(layers=LAYERS, tokens_per_head=None))
+    return decoder, ReadingObjective(decoder, asked, rest, PHASES, seed)
+
+
+def _texts(*groups: list[Passage]) -> Iterator[str]:
+    for passage in (p for group in groups for p in group):
+        yield f"# {passage.title}\n\n{passage.text}"
+        yield from (f"Question: {q}\nAnswer: {a}" for q, a in passage.questions)
+
+
+def train_default(data: Path, folder: Path, minutes: float, report: Callable[[dict[str, float]], None], seed: int = 0) -> int:
+    """One stage of at most `minutes`; called again it goes on from the checkpoint. Returns the steps done of `STEPS`."""
+    decoder, objective = prepared(data, folder, seed)
+    settings = Settings(folder, Schedule(2e-3, STEPS, warmup=100, decay=STEPS // 3), minutes=minutes)
+
+    def logged(line: dict[str, float]) -> None:
+        with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+        report(line)
+
+    return run(decoder, objective, settings, logged)
