@@ -169,7 +169,8 @@ class Reading:
     Args:
         stack: the distinct memories of the batch.
         table: `(B, C, R)` int64, rows of the stack that each chunk reads; -1 for none.
-        chunks: `(B, Q)` int64, the chunk of each query; -1 reads nothing (reference BOS and padding).
+        chunks: `(B, Q)` int64, the chunk of each query; -1 reads nothing (reference BOS and padding),
+            nor does a chunk beyond the table.
         spec: resolved spec that the memories were written with.
         trace: takes the attention that memories received.
     """
@@ -185,7 +186,8 @@ class Reading:
         """Queries gathered by chunk; one sort per forward pass, shared by all layers."""
         chunk_count = self.table.shape[1]
         wanted = (self.table >= 0).any(-1)  # (B, C)
-        reads = self.chunks.ge(0) & wanted.gather(1, self.chunks.clamp(min=0))
+        inside = (self.chunks >= 0) & (self.chunks < chunk_count)
+        reads = inside & wanted.gather(1, self.chunks.clamp(0, chunk_count - 1))
         rows, queries = reads.nonzero(as_tuple=True)
         group = rows * chunk_count + self.chunks[rows, queries]
         order = torch.argsort(group, stable=True)

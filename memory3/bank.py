@@ -220,7 +220,9 @@ class Bank:
             BankError: another writer is at work, or the bank was opened without a decoder.
         """
         if self.decoder is None:
-            raise BankError(f"{self.path} was opened without a model, to be looked at: open it with the model that wrote it to write")
+            raise BankError(
+                f"{self.path} was opened without a model, to be looked at: open it with the model that wrote it to write"
+            )
         if self._depth == 0:
             self._lock = self._take_lock()
         self._depth += 1
@@ -241,7 +243,9 @@ class Bank:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise BankError(f"{self.path} is being written by another process, expected one writer at a time: wait for it") from None
+            raise BankError(
+                f"{self.path} is being written by another process, expected one writer at a time: wait for it"
+            ) from None
         return descriptor
 
     def _create(self, create: bool, codec: Codec | None, max_shard_bytes: int) -> None:
@@ -249,7 +253,9 @@ class Bank:
         if not create:
             raise BankError(f"no bank at {self.path}; write one: memory3 write SOURCES --bank {self.path}")
         if self.decoder is None:
-            raise BankError(f"no bank at {self.path}, and none can be made without a model: give the decoder that will write it")
+            raise BankError(
+                f"no bank at {self.path}, and none can be made without a model: give the decoder that will write it"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _OURS)
@@ -266,7 +272,9 @@ class Bank:
         assert self.decoder is not None, "exclusive() has checked"
         codec, shape = self.manifest.codec, self.manifest.shape
         records = [codec.encode(memory, shape, r.id) for r, memory in zip(references, memories, strict=True)]
-        lengths = [len(ids) for ids in self.decoder.tokenizer([r.text for r in references], add_special_tokens=False)["input_ids"]]
+        lengths = [
+            len(ids) for ids in self.decoder.tokenizer([r.text for r in references], add_special_tokens=False)["input_ids"]
+        ]
         places = self._shards.append(records)
         self._catalogue.add_memories([Entry(*row) for row in zip(references, lengths, places, strict=True)])
 
@@ -297,7 +305,7 @@ def _storable(reference: Reference) -> Reference:
         f"{reference.text}{reference.source}".encode()
     except UnicodeEncodeError as error:
         raise BankError(
-            f"found a lone surrogate in the reference at {reference.source!r}:{reference.start} ({error.reason}), expected valid text"
+            f"found a reference at {reference.source!r}:{reference.start} with a lone surrogate ({error.reason}), expected Unicode"
         ) from None
     return reference
 

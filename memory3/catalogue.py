@@ -112,7 +112,14 @@ class Catalogue:
 
         now = datetime.now(UTC)
         rows = [
-            {"id": e.reference.id, "text": e.reference.text, "tokens": e.tokens, "shard": e.place[0], "slot": e.place[1], "created": now}
+            {
+                "id": e.reference.id,
+                "text": e.reference.text,
+                "tokens": e.tokens,
+                "shard": e.place[0],
+                "slot": e.place[1],
+                "created": now,
+            }
             for e in entries
         ]
         self._memories.add(pa.Table.from_pylist(rows, schema=_memories_schema()))
@@ -185,7 +192,11 @@ def _create(database: Any) -> None:
 
     memories = database.create_table("memories", schema=_memories_schema(), exist_ok=True)
     sources = database.create_table("sources", schema=_sources_schema(), exist_ok=True)
-    for table, column, index in ((memories, "text", FTS(with_position=False)), (memories, "id", BTree()), (sources, "memory", BTree())):
+    for table, column, index in (
+        (memories, "text", FTS(with_position=False)),
+        (memories, "id", BTree()),
+        (sources, "memory", BTree()),
+    ):
         if not any(column in existing.columns for existing in table.list_indices()):
             table.create_index(column, config=index)
 
@@ -194,7 +205,9 @@ def _memories_schema() -> pa.Schema:
     import pyarrow as pa
 
     fields = {"id": pa.string(), "text": pa.string(), "tokens": pa.int32(), "shard": pa.int32(), "slot": pa.int32()}
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in (fields | {"created": pa.timestamp("us", "UTC")}).items()])
+    return pa.schema(
+        [pa.field(name, kind, nullable=False) for name, kind in (fields | {"created": pa.timestamp("us", "UTC")}).items()]
+    )
 
 
 def _sources_schema() -> pa.Schema:

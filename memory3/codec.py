@@ -188,7 +188,8 @@ def _check_memory(memory: Memory, shape: RecordShape) -> None:
         )
     if memory.positions.shape != (pairs, count) or memory.positions.dtype != torch.uint8:
         raise BankError(
-            f"found positions {tuple(memory.positions.shape)} of {_short(memory.positions.dtype)}, expected {(pairs, count)} of uint8"
+            f"found positions {tuple(memory.positions.shape)} of {_short(memory.positions.dtype)}, "
+            f"expected {(pairs, count)} of uint8"
         )
 
 

@@ -70,11 +70,15 @@ class Manifest:
             raise BankError(f"{path} cannot be read ({error}): restore it from a copy, or write a new bank") from None
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if version != FORMAT_VERSION:
-            raise BankMismatch(f"{folder} has format_version {version!r}, expected {FORMAT_VERSION}: write a new bank with this memory3")
+            raise BankMismatch(
+                f"{folder} has format_version {version!r}, expected {FORMAT_VERSION}: write a new bank with this memory3"
+            )
         try:
             return cls._from_fields(fields)
         except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
-            raise BankError(f"{path} is ill-formed ({type(error).__name__}: {error}): restore it, or write a new bank") from None
+            raise BankError(
+                f"{path} is ill-formed ({type(error).__name__}: {error}): restore it, or write a new bank"
+            ) from None
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> Manifest:
@@ -83,7 +87,9 @@ class Manifest:
         shape = RecordShape.of(MemorySpec.from_json(identity["spec"]), _count(identity["head_dim"]))
         size = codec.record_bytes(shape.pairs, shape.slots, shape.head_dim)
         if asdict(shape) != fields["shape"] or fields["record_bytes"] != size:
-            raise ValueError(f"shape {fields['shape']} with {fields['record_bytes']} bytes, expected {asdict(shape)} with {size}")
+            raise ValueError(
+                f"shape {fields['shape']} with {fields['record_bytes']} bytes, expected {asdict(shape)} with {size}"
+            )
         for key in ("model", "weights", "tokenizer", "dtype"):
             if not isinstance(identity[key], str):
                 raise TypeError(f"identity.{key} is {identity[key]!r}, expected a text")
@@ -124,7 +130,9 @@ class Manifest:
                 )
         differing = [_difference("spec", *pair) for pair in _spec_differences(self.identity["spec"], here["spec"])]
         if differing:
-            raise BankMismatch(f"{folder} {'; '.join(differing)}. Attach the model with the spec of the bank, or write a new bank: {_COMMAND}")
+            raise BankMismatch(
+                f"{folder} {'; '.join(differing)}. Attach the model with the spec of the bank, or write a new bank: {_COMMAND}"
+            )
         for key in ("rotation", "head_dim"):
             if not _close(self.identity[key], here[key]):
                 raise BankMismatch(f"{folder} {_difference(key, key, self.identity[key], here[key])}. {_MEND}")

@@ -124,11 +124,17 @@ def kept_positions(scores: Tensor, mask: Tensor, slots: int) -> tuple[Tensor, Te
     slots = min(slots, length)
     counts = mask.sum(-1).clamp(max=slots)
     scores = scores.float().masked_fill(~mask[:, None, :], float("-inf"))
-    # A stable sort gives ties to the earlier token, whatever the batch or the device.
-    best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :slots]
+    # A token that occurs twice has the same score in the first layer up to rounding: scores are compared at ten bits,
+    # and a stable sort gives ties to the earlier token, whatever the batch or the device.
+    best = torch.sort(_at_ten_bits(scores), dim=-1, descending=True, stable=True).indices[..., :slots]
     filler = torch.arange(slots, device=mask.device)[None, None, :] >= counts[:, None, None]
     best = best.masked_fill(filler, length)
     return best.sort(-1).values.clamp(max=length - 1), counts
+
+
+def _at_ten_bits(scores: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(scores)
+    return torch.ldexp((mantissa * 1024).round() / 1024, exponent).where(scores.isfinite(), scores)
 
 
 def selection(name: str) -> Selection:

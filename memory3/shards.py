@@ -43,7 +43,9 @@ class Shards:
                 places += self._append_to_last(records[len(places) :])
         except OSError as error:
             self._restore(before)
-            raise BankError(f"{self.folder} could not take {len(records)} records ({error.strerror}): free some space, write again") from error
+            raise BankError(
+                f"{self.folder} could not take {len(records)} records ({error.strerror}): free some space, write again"
+            ) from error
         return places
 
     def read(self, shard: int, slot: int) -> bytearray:
@@ -115,7 +117,9 @@ class Shards:
         try:
             size = path.stat().st_size
             if not 0 < end <= size:
-                raise BankError(f"{path} has {size} bytes, expected at least {end}: it was cut; write its documents again (memory3 write)")
+                raise BankError(
+                    f"{path} has {size} bytes, expected at least {end}: it was cut; write its documents again (memory3 write)"
+                )
             view = self._maps.get(shard)
             if view is None or len(view) < end:
                 with path.open("rb") as file:
@@ -124,7 +128,7 @@ class Shards:
             return view
         except OSError as error:
             raise BankError(
-                f"{path} cannot be read ({error.strerror}): restore it from a copy, or write its documents again (memory3 write)"
+                f"{path} cannot be read ({error.strerror}): restore it from a copy, or write its documents again"
             ) from error
 
     def _erase_in(self, shard: int, slots: Iterable[int]) -> None:

@@ -76,7 +76,9 @@ def split(text: str, tokenizer: Any, source: str = "", length: int = 128, *, mar
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise SourceError(f"{source or 'the text'} has a lone surrogate at character {error.start}, expected valid Unicode") from None
+        raise SourceError(
+            f"{source or 'the text'} has a lone surrogate at character {error.start}, expected valid Unicode"
+        ) from None
     start, end = _trimmed(text, 0, len(text))
     if start == end:
         return []
@@ -107,5 +109,253 @@ def overlap(text_tokens: Sequence[int], reference_tokens: Sequence[int]) -> floa
     rows = np.full((words, starts.size), ~np.uint64(0))
     for step in range(min(2 * r.size, t.size)):
         _advance(rows, masks[:, padded[starts + step]])
-    best = int(np.bitwise_count(~rows).sum(0).max()) if hasattr(np, "bitwise_count") else _most_zeros(rows)
-    return best / r.size
+    return int(np.bitwise_count(~rows).sum(0).max()) / r.size
+
+
+def _match_masks(r: np.ndarray, codes: np.ndarray, words: int) -> np.ndarray:
+    """`(words, codes + 1)` uint64: the places of each token in `r` as bits; the last column, of no token, is empty."""
+    masks = np.zeros((words, codes.size + 1), np.uint64)
+    place = np.arange(r.size)
+    np.bitwise_or.at(masks, (place // 64, np.searchsorted(codes, r)), np.uint64(1) << (place % 64).astype(np.uint64))
+    return masks
+
+
+def _advance(rows: np.ndarray, matches: np.ndarray) -> None:
+    """One token further in every window: `V = (V + (V & M)) | (V & ~M)`, carries from word to word."""
+    carry = np.zeros(rows.shape[1], np.uint64)
+    for row, match in zip(rows, matches, strict=True):
+        common = row & match
+        partial = row + common
+        total = partial + carry
+        carry = ((partial < common) | (total < carry)).astype(np.uint64)
+        row &= ~match
+        row |= total
+
+
+class _Counter:
+    """Tokens of spans of one text, trimmed."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self.tokenizer, self.text = tokenizer, text
+
+    def many(self, spans: Sequence[Span]) -> list[int]:
+        if not spans:
+            return []
+        texts = [self.text[slice(*_trimmed(self.text, *span))] for span in spans]
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+    def fits(self, span: Span, length: int) -> bool:
+        return self.many([span])[0] <= length
+
+
+def _groups(text: str, counter: _Counter, length: int) -> list[Span]:
+    """Paragraphs, joined until they have half the length: local decisions, so that an edit far before changes nothing."""
+    groups: list[Span] = []
+    size = 0
+    paragraphs = list(_paragraphs(text))
+    for (start, end), count in zip(paragraphs, counter.many(paragraphs), strict=True):
+        full = size >= length / 2
+        restarts = bool(_HEADING.match(text, start)) or size + count > length
+        if not groups or full or (restarts and size >= length / 4):
+            groups.append((start, end))
+            size = 0
+        groups[-1] = (groups[-1][0], end)
+        size += count
+    if len(groups) > 1 and size < length / 4 and counter.fits((groups[-2][0], groups[-1][1]), length):
+        groups[-2:] = [(groups[-2][0], groups[-1][1])]
+    return groups
+
+
+def _paragraphs(text: str) -> Iterator[Span]:
+    """Trimmed spans between blank lines, none of them empty."""
+    start = 0
+    for gap in _BLANK_LINES.finditer(text):
+        yield from _solid(text, start, gap.start())
+        start = gap.end()
+    yield from _solid(text, start, len(text))
+
+
+class _Cutter:
+    """Cuts a span into pieces that fit: at sentences and words by semantic-text-splitter, checked by our own count."""
+
+    def __init__(self, counter: _Counter, length: int, markdown: bool, source: str) -> None:
+        self.counter, self.length, self.markdown, self.source = counter, length, markdown, source
+        self.text = counter.text
+        self._splitters: dict[int, Any] = {}
+
+    def __call__(self, span: Span) -> list[Span]:
+        """The pieces; a short first one, such as a heading, takes the beginning of what follows with it."""
+        pieces = self._cut(*span)
+        if len(pieces) == 1 or self.counter.many(pieces[:1])[0] >= self.length / 4:
+            return pieces
+        (start, after), (_, next_end) = pieces[:2]
+        body = self._semantic(after, next_end, 3 * self.length // 4)[0]
+        if not self.counter.fits((start, body[1]), self.length):
+            return pieces
+        return [(start, body[1]), *self._cut(body[1], span[1])]
+
+    def _cut(self, start: int, end: int) -> list[Span]:
+        if self.counter.fits((start, end), self.length):
+            return list(_solid(self.text, start, end))
+        pieces = [piece for part in self._parts(start, end) for piece in self._semantic(*part, self.length)]
+        counts = self.counter.many(pieces)
+        return [
+            p for piece, n in zip(pieces, counts, strict=True) for p in ([piece] if n <= self.length else self._plain(*piece))
+        ]
+
+    def _parts(self, start: int, end: int) -> Iterator[Span]:
+        """Parts of bounded length, for the library takes time quadratic in the length of unbroken text."""
+        limit = _CHARACTERS_PER_TOKEN * self.length
+        while end - start > limit:
+            stop = self._break(start + limit // 2, start + limit)
+            yield from _solid(self.text, start, stop)
+            start = stop
+        yield from _solid(self.text, start, end)
+
+    def _semantic(self, start: int, end: int, length: int) -> list[Span]:
+        if length not in self._splitters:
+            from semantic_text_splitter import MarkdownSplitter, TextSplitter
+
+            kind = MarkdownSplitter if self.markdown else TextSplitter
+            self._splitters[length] = kind.from_huggingface_tokenizer(self.counter.tokenizer.backend_tokenizer, length)
+        chunks = self._splitters[length].chunk_indices(self.text[start:end])
+        return [span for at, chunk in chunks for span in _solid(self.text, start + at, start + at + len(chunk))]
+
+    def _plain(self, start: int, end: int) -> Iterator[Span]:
+        """Where the library and the tokenizer disagree: the longest prefix that fits, again and again."""
+        while start < end:
+            stop = self._longest(start, end)
+            yield from _solid(self.text, start, stop)
+            start = stop
+
+    def _longest(self, start: int, end: int) -> int:
+        """End of a prefix that fits, at a word's end where there is one; found by halving."""
+        if self.counter.fits((start, end), self.length):
+            return end
+        low, high = start + 1, min(end, start + _CHARACTERS_PER_TOKEN * self.length)
+        if not self.counter.fits((start, low), self.length):
+            raise SourceError(
+                f"{self.source or 'the text'} has more than {self.length} tokens in character {start}: use longer references"
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.counter.fits((start, middle), self.length) else (low, middle)
+        at_word = self._break(start + (low - start) // 2, low)
+        return at_word if self.counter.fits((start, at_word), self.length) else low
+
+    def _break(self, start: int, end: int) -> int:
+        """The last sentence end, else the last white space, in a stretch of the text, else its end."""
+        for pattern in _BREAKS:
+            ends = [match.end() for match in pattern.finditer(self.text, start, end)]
+            if ends:
+                return ends[-1]
+        return end
+
+
+def _trimmed(text: str, start: int, end: int) -> Span:
+    """The span without white space around it; empty where there is nothing else."""
+    piece = text[start:end]
+    left = len(piece) - len(piece.lstrip())
+    return start + left, max(start + left, start + len(piece.rstrip()))
+
+
+def _solid(text: str, start: int, end: int) -> Iterator[Span]:
+    """The trimmed span, if anything is in it."""
+    span = _trimmed(text, start, end)
+    if span[0] < span[1]:
+        yield span
+
+
+def _files(source: str | os.PathLike[str]) -> list[Path | None]:
+    """The files of one source; `None` is stdin."""
+    if source == "-":
+        return [None]
+    path = Path(source)
+    if path.is_dir():
+        return list(_walk(path))
+    if not path.exists():
+        raise SourceError(
+            f"no file or folder at {_printable(path)}, expected a document: give a path that exists, or - for stdin"
+        )
+    if path.suffix.lower() not in SUFFIXES:
+        raise SourceError(f"{_printable(path)} is of an unknown kind, expected one of {_supported()}: convert it first")
+    return [path]
+
+
+def _walk(folder: Path) -> list[Path]:
+    found = sorted(
+        Path(root, name)
+        for root, folders, names in os.walk(folder, onerror=_unreadable)
+        for name in names
+        if not name.startswith(".") and not any(part.startswith(".") for part in Path(root).relative_to(folder).parts)
+    )
+    known = [path for path in found if path.suffix.lower() in SUFFIXES]
+    if not known:
+        raise SourceError(f"{_printable(folder)} holds no document, expected files of {_supported()}: give another folder")
+    if len(known) < len(found):
+        _logger.warning(
+            "%d files of other kinds in %s are left out; read are %s", len(found) - len(known), folder, _supported()
+        )
+    return known
+
+
+def _unreadable(error: OSError) -> None:
+    raise SourceError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from error
+
+
+def _documents(path: Path | None, text_field: str) -> Iterator[tuple[str, str, bool]]:
+    """(name, text, whether it is Markdown) of the documents of one file."""
+    if path is None:
+        yield "stdin", _decoded(sys.stdin.buffer.read(), "stdin"), False
+        return
+    name, kind = _printable(path), SUFFIXES[path.suffix.lower()]
+    try:
+        if kind == "JSON lines":
+            with path.open("rb") as lines:
+                yield from ((where, text, False) for where, text in _json_texts(lines, name, text_field))
+        else:
+            yield name, _decoded(path.read_bytes(), name), kind == "Markdown"
+    except OSError as error:
+        _unreadable(error)
+
+
+def _json_texts(lines: Iterable[bytes], name: str, text_field: str) -> Iterator[tuple[str, str]]:
+    offset = 0
+    for number, line in enumerate(lines, 1):
+        where, text = f"{name}:{number}", _decoded(line, name, offset)
+        offset += len(line)
+        if text.strip():
+            yield where, _json_text(text, where, text_field)
+
+
+def _json_text(line: str, where: str, text_field: str) -> str:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{where} is no JSON ({error}), expected one object per line: correct or remove the line") from None
+    text = fields.get(text_field) if isinstance(fields, dict) else None
+    if not isinstance(text, str):
+        found = f"{text_field!r} of type {type(text).__name__}" if isinstance(fields, dict) and text_field in fields else "none"
+        raise SourceError(
+            f"{where} has no text: found {found}, expected a field {text_field!r} with a text: name another field"
+        )
+    return text
+
+
+def _decoded(data: bytes, name: str, offset: int = 0) -> str:
+    """UTF-8, or UTF-16 where a byte order mark says so; the mark is dropped."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{name} is not {'UTF-16' if wide else 'UTF-8'} at byte {offset + error.start} ({error.reason}): save it as UTF-8"
+        ) from None
+
+
+def _printable(path: Path) -> str:
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def _supported() -> str:
+    return ", ".join(SUFFIXES)

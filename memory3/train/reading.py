@@ -152,8 +152,8 @@ class ReadingObjective:
         if len(words) < 16:
             return None
         start = rng.randrange(0, len(words) - 12)
-        given = rng.randint(2, 6)
-        return self._context(" ".join(words[start : start + given]), " " + " ".join(words[start + given : start + 36]), end=False)
+        given = rng.randint(1, 4)
+        return self._context(" ".join(words[start : start + given]), " " + " ".join(words[start + given : start + 50]), end=False)
 
     def loss(self, decoder: Decoder, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of targets, plus the reference's own at the phase's weight."""
@@ -230,13 +230,13 @@ def _drawn(pairs: Sequence[tuple[Any, float]], rng: random.Random) -> Any:
 
 
 def _reference_loss(decoder: Decoder, states: Tensor, references: Sequence[Sequence[int]]) -> Tensor:
-    """Next-token cross-entropy `()` on a third of the references' tokens; states `(N, T, d)`.
+    """Next-token cross-entropy `()` on half of the references' tokens; states `(N, T, d)`.
 
-    A third, because at this size the vocabulary costs as much as half of the layers.
+    Half, because at this size the vocabulary costs as much as half of the layers.
     """
     longest = states.shape[1]
     labels = torch.tensor([[*r, *[-100] * (longest - len(r))] for r in references], device=states.device)[:, 1:]
-    chosen = (labels >= 0) & (torch.rand(labels.shape, device=labels.device) < 1 / 3)
+    chosen = (labels >= 0) & (torch.rand(labels.shape, device=labels.device) < 0.5)
     logits = decoder.model.get_output_embeddings()(states[:, :-1][chosen])
     return functional.cross_entropy(logits.float(), labels[chosen])
 

@@ -12,6 +12,7 @@ import torch
 
 from memory3.decoder import Decoder, attach
 from memory3.spec import MemorySpec
+from memory3.train.initialise import induction_prior
 from memory3.train.loop import Schedule, Settings, TrainError, run
 from memory3.train.reading import Passage, Phase, ReadingObjective
 from memory3.train.tokenizer import trained_tokenizer
@@ -19,22 +20,35 @@ from memory3.train.tokenizer import trained_tokenizer
 LAYERS = (0, 1, 2, 3)
 """Memory layers, fixed from the first step: the reading heads settle where memory is (design section 4)."""
 VOCABULARY = 8192
-STEPS = 4000
+STEPS = 2600
 QUESTIONS_HEAVY = (("question", 0.6), ("cloze", 0.25), ("completion", 0.15))
 PHASES = (
-    Phase(900, ((1, 0.8), (2, 0.2)), ((None, 1.0),), (("question", 0.2), ("cloze", 0.3), ("completion", 0.5)), 0.5, 0.4),
     Phase(
-        2000, ((1, 0.3), (3, 0.4), (5, 0.3)), ((None, 0.5), (64, 0.3), (32, 0.2)), QUESTIONS_HEAVY, 0.25, 0.7, 0.08, batch=16, contexts=3
+        until=350,
+        references=((1, 0.7), (2, 0.3)),
+        slots=((None, 1.0),),
+        tasks=(("question", 0.2), ("cloze", 0.3), ("completion", 0.5)),
+        reference_loss=0.5,
+        question_passages=0.4,
     ),
     Phase(
-        STEPS,
-        ((1, 0.1), (3, 0.3), (5, 0.6)),
-        ((None, 0.2), (64, 0.2), (32, 0.35), (16, 0.2), (8, 0.05)),
-        QUESTIONS_HEAVY,
-        0.1,
-        0.8,
-        0.08,
-        batch=16,
+        until=1100,
+        references=((1, 0.3), (3, 0.4), (5, 0.3)),
+        slots=((None, 0.6), (64, 0.25), (32, 0.15)),
+        tasks=QUESTIONS_HEAVY,
+        reference_loss=0.3,
+        question_passages=0.7,
+        text_share=0.08,
+        contexts=3,
+    ),
+    Phase(
+        until=STEPS,
+        references=((1, 0.1), (3, 0.3), (5, 0.6)),
+        slots=((None, 0.2), (64, 0.25), (32, 0.35), (16, 0.15), (8, 0.05)),
+        tasks=QUESTIONS_HEAVY,
+        reference_loss=0.1,
+        question_passages=0.8,
+        text_share=0.08,
         contexts=3,
     ),
 )
@@ -71,13 +85,17 @@ def fresh_model(tokenizer: Any) -> Any:
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=2048,
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     config._attn_implementation = "eager"  # on CPU its backward is faster than the masked sdpa kernel at this length
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    induction_prior(model)
+    return model
 
 
 def prepared(data: Path, folder: Path, seed: int = 0, plain: int = 60_000) -> tuple[Decoder, ReadingObjective]:
@@ -106,7 +124,7 @@ def _texts(*groups: list[Passage]) -> Iterator[str]:
 def train_default(data: Path, folder: Path, minutes: float, report: Callable[[dict[str, float]], None], seed: int = 0) -> int:
     """One stage of at most `minutes`; called again it goes on from the checkpoint. Returns the steps done of `STEPS`."""
     decoder, objective = prepared(data, folder, seed)
-    settings = Settings(folder, Schedule(2e-3, STEPS, warmup=100, decay=STEPS // 3), minutes=minutes)
+    settings = Settings(folder, Schedule(1.5e-3, STEPS, warmup=50, decay=STEPS // 3), minutes=minutes)
 
     def logged(line: dict[str, float]) -> None:
         with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
