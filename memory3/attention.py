@@ -67,7 +67,7 @@ def attend(
 def _original(implementation: str, module: nn.Module) -> Original:
     """`eager` is a function of the file that defines the module; the others are registered."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    found: Original = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)  # type: ignore[no-untyped-call]
+    found: Original = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return found
 
 

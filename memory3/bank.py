@@ -35,8 +35,14 @@ class MemoryWriter(Protocol):
     spec: MemorySpec
     """Resolved: layers and heads spelled out."""
     tokenizer: Any
-    head_dim: int
-    dtype: torch.dtype
+
+    @property
+    def head_dim(self) -> int:
+        """`D`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of keys and values."""
 
     def identity(self) -> dict[str, Any]:
         """JSON values `model`, `weights`, `tokenizer`, `rotation`, `spec`, `head_dim`, `dtype` (docs/bank.md)."""

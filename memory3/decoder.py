@@ -13,27 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from memory3.attention import KEYWORD, ORIGINALS, Attended, MemoryStack, Original, Reading, States, Trace, registered_name
+from memory3.family import Geometry, Stop, checked_family, probed, run_until_stop
 from memory3.identity import tokenizer_fingerprint, weights_fingerprint
-from memory3.rotation import CaughtRotations, checked_limit, frequencies, position_limit, rotates
+from memory3.rotation import CaughtRotations, checked_limit, frequencies, position_limit
 from memory3.selection import LayerStates, kept_positions, selection
 from memory3.spec import REFERENCE_PREFIX, Memory, MemorySpec, SpecError, UnsupportedModel
 
 SPEC_FILE = "memory_spec.json"
 """Beside the weights of a model that was trained for memory: the spec it was trained with."""
-
-
-class _Stop(Exception):
-    """Ends a forward pass once the last memory layer has given its key-values: later layers are never computed."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What a probe of the memory layers found: kv heads, head dim, and which layers rotate."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    rotates: dict[int, bool]
 
 
 @dataclass(frozen=True)
@@ -47,21 +34,6 @@ class Layout:
     attention_mask: Tensor
     position_ids: Tensor
     chunks: Tensor
-
-
-class _Probe:
-    """Keeps the keys of the first layers of one pass, with and without rotation."""
-
-    def __init__(self, last_layer: int, caught: CaughtRotations) -> None:
-        self.last_layer, self.caught = last_layer, caught
-        self.keys: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attend(self, original: Original, module: nn.Module, states: States, options: dict[str, Any]) -> Attended:
-        layer: int = module.layer_idx  # type: ignore[assignment]
-        self.keys[layer] = (states.key, self.caught.undo(module, states.query, states.key)[1])
-        if layer == self.last_layer:
-            raise _Stop
-        return states.through(original, module, options)
 
 
 class _Writing:
@@ -78,7 +50,7 @@ class _Writing:
         if layer in layers:
             self.kept.append(self._keep(layer, module, states, options))
         if self.stop and layer == layers[-1]:
-            raise _Stop
+            raise Stop
         return states.through(original, module, options)
 
     def _keep(self, layer: int, module: nn.Module, states: States, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +115,7 @@ class Decoder:
         assert last is not None
         geometry = self.geometry
         if last[-1] not in geometry.rotates:
-            geometry = _probed(self.model, self.tokenizer, geometry.num_layers, last[-1])
+            geometry = probed(self.model, self.tokenizer, geometry.num_layers, last[-1])
         return Decoder(self.model, self.tokenizer, spec, geometry, self._original, self.trained)
 
     # ---- facts ----
@@ -257,7 +229,7 @@ class Decoder:
         caught = CaughtRotations()
         writing = _Writing(self, token_ids, mask, caught, stop)
         with caught.catching(self.model):
-            output = _run_until_stop(self.model.base_model, input_ids, attention, positions, writing)
+            output = run_until_stop(self.model.base_model, input_ids, attention, positions, writing)
         return writing.kept, None if output is None else output.last_hidden_state[:, len(prefix) :]
 
     # ---- read ----
@@ -350,14 +322,9 @@ def _padded(row: list[int], fill: int, value: int, side: str) -> list[int]:
 def _checked_lengths(rows: Sequence[Sequence[int]], most: int) -> None:
     for n, row in enumerate(rows):
         if not 1 <= len(row) <= most:
-            raise SpecError(f"found reference {n} with {len(row)} tokens, expected 1 to {most}: split it with memory3.references")
-
-
-def _run_until_stop(model: Any, input_ids: Tensor, mask: Tensor, positions: Tensor, hook: Any) -> Any:
-    try:
-        return model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False, **{KEYWORD: hook})
-    except _Stop:
-        return None
+            raise SpecError(
+                f"found reference {n} with {len(row)} tokens, expected 1 to {most}: split it with memory3.references"
+            )
 
 
 # ---- attach ----
@@ -377,7 +344,7 @@ def attach(model: Any, tokenizer: Any, spec: MemorySpec | None = None) -> Decode
     Warns:
         UserWarning: the model was never trained for memory, or its own spec is overruled.
     """
-    _checked_family(model)
+    checked_family(model)
     own = trained_spec(model)
     chosen = _chosen_spec(own, spec, model)
     config = model.config.get_text_config()
@@ -387,13 +354,17 @@ def attach(model: Any, tokenizer: Any, spec: MemorySpec | None = None) -> Decode
             f"found attention {original!r}, expected one of {', '.join(ORIGINALS)}: load the model with attn_implementation='sdpa'"
         )
     num_layers = int(config.num_hidden_layers)
-    last = chosen.resolved(num_layers, 10**6).layers if chosen.heads is None else chosen.layers or tuple(range((num_layers + 1) // 2))
+    last = (
+        chosen.resolved(num_layers, 10**6).layers
+        if chosen.heads is None
+        else chosen.layers or tuple(range((num_layers + 1) // 2))
+    )
     assert last is not None
     if last[-1] >= num_layers:
         chosen.resolved(num_layers, 10**6)
     model.set_attn_implementation(registered_name(original))
     try:
-        geometry = _probed(model, tokenizer, num_layers, last[-1])
+        geometry = probed(model, tokenizer, num_layers, last[-1])
         return Decoder(model, tokenizer, chosen, geometry, original, own is not None)
     except BaseException:
         model.set_attn_implementation(original)
@@ -411,8 +382,12 @@ def trained_spec(model: Any) -> MemorySpec | None:
     found = folder / SPEC_FILE if folder.is_dir() else None
     if found is None:
         cached = cached_file(
-            name, SPEC_FILE, local_files_only=True, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+            name,
+            SPEC_FILE,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
         )
         found = Path(cached) if cached else None
     if found is None or not found.is_file():
@@ -433,52 +408,3 @@ def _chosen_spec(own: MemorySpec | None, given: MemorySpec | None, model: Any) -
     if given is not None and given != own:
         warnings.warn(f"the given memory spec overrules the one the model was trained with: {own}", stacklevel=3)
     return given or own
-
-
-def _checked_family(model: Any) -> None:
-    config = model.config.get_text_config()
-    kind = config.model_type
-    reason = None
-    layer_types = set(getattr(config, "layer_types", None) or [])
-    if model.config.is_encoder_decoder:
-        reason = "it is an encoder-decoder, and memory is read by a decoder's self-attention"
-    elif getattr(config, "kv_lora_rank", None) is not None:
-        reason = "its latent attention stores compressed key-values, not keys and values per head"
-    elif layer_types - {"full_attention", "sliding_attention"}:
-        reason = f"its {', '.join(sorted(layer_types - {'full_attention', 'sliding_attention'}))} layers have no plain self-attention to read memory with"
-    elif getattr(config, "num_kv_shared_layers", 0):
-        reason = "some of its layers share the key-values of others"
-    elif not getattr(model, "_supports_attention_backend", False):
-        reason = "its layers do not attend through transformers' attention interface (linear attention, state space or old code)"
-    if reason is not None:
-        raise UnsupportedModel(f"found {kind}, expected a decoder with self-attention in every layer: {reason}")
-
-
-@torch.no_grad()
-def _probed(model: Any, tokenizer: Any, num_layers: int, last_layer: int) -> Geometry:
-    """Run a few tokens at two places through the memory layers; proves that the keyword reaches each of them."""
-    size = min(int(model.get_input_embeddings().weight.shape[0]), len(tokenizer) or 1)
-    device = model.get_input_embeddings().weight.device
-    ids = (torch.arange(8, device=device) * 7 + 3).remainder(size).expand(2, -1)
-    positions = torch.stack([torch.arange(8, device=device), torch.arange(8, device=device) + 5])
-    caught = CaughtRotations()
-    probe = _Probe(last_layer, caught)
-    was_training = model.training
-    model.eval()
-    try:
-        with caught.catching(model):
-            _run_until_stop(model.base_model, ids, torch.ones_like(ids), positions, probe)
-    finally:
-        model.train(was_training)
-    missing = [layer for layer in range(last_layer + 1) if layer not in probe.keys]
-    if missing:
-        raise UnsupportedModel(
-            f"found {model.config.model_type} whose layers {missing} were not reached by the memory keyword, expected every "
-            "layer up to the last memory layer to attend through transformers' interface"
-        )
-    shapes = {(int(k.shape[1]), int(k.shape[3])) for k, _ in probe.keys.values()}
-    if len(shapes) > 1:
-        raise UnsupportedModel(f"found layers of different kv heads and head dims {sorted(shapes)}, expected one shape in all")
-    found = {layer: rotates((k[0], k[1]), (u[0], u[1]), layer) for layer, (k, u) in probe.keys.items()}
-    ((heads, dim),) = shapes
-    return Geometry(num_layers, heads, dim, found)

@@ -22,7 +22,7 @@ def weights_fingerprint(model: nn.Module, last_layer: int) -> str:
     for name, tensor in sorted(model.named_parameters()):
         if _is_used(name, last_layer):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().to(device="cpu", dtype=torch.bfloat16).contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().to(device="cpu", dtype=torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -105,7 +105,8 @@ class KeyNorm(Selection):
     """Control: the keys of smallest norm, which tend to be the most attended (arXiv 2406.11430)."""
 
     def score(self, states: LayerStates) -> Tensor:
-        return -states.keys.float().norm(dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(states.keys.float(), dim=-1)
+        return -norms
 
 
 def kept_positions(scores: Tensor, mask: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,8 @@ def kept_positions(scores: Tensor, mask: Tensor, slots: int) -> tuple[Tensor, Te
 
 def _at_ten_bits(scores: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(scores)
-    return torch.ldexp((mantissa * 1024).round() / 1024, exponent).where(scores.isfinite(), scores)
+    rounded: Tensor = torch.ldexp((mantissa * 1024).round() / 1024, exponent)
+    return torch.where(scores.isfinite(), rounded, scores)
 
 
 def selection(name: str) -> Selection:

@@ -11,9 +11,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REFERENCE_PREFIX = "Reference:"
 """The text of the reference BOS, behind `<s>` where the tokenizer has one (design 2.2; paper 3.3)."""
@@ -84,7 +85,9 @@ class MemorySpec:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"found {name}={value!r}, expected a whole number of at least 1")
         if self.reference_length > 256:
-            raise SpecError(f"found reference_length={self.reference_length}, expected at most 256: a kept position is one byte")
+            raise SpecError(
+                f"found reference_length={self.reference_length}, expected at most 256: a kept position is one byte"
+            )
 
     def resolved(self, num_layers: int, num_kv_heads: int) -> MemorySpec:
         """The same spec with layers and heads spelled out for a model of this shape; `SpecError` where they do not fit."""
@@ -93,7 +96,9 @@ class MemorySpec:
             raise SpecError(f"found memory layer {layers[-1]}, expected layers below {num_layers}: the model has no more")
         heads = tuple(tuple(range(num_kv_heads)) for _ in layers) if self.heads is None else self.heads
         if len(heads) != len(layers):
-            raise SpecError(f"found heads for {len(heads)} layers, expected {len(layers)}: give one row of heads per memory layer")
+            raise SpecError(
+                f"found heads for {len(heads)} layers, expected {len(layers)}: give one row of heads per memory layer"
+            )
         worst = max(row[-1] for row in heads)
         if worst >= num_kv_heads:
             raise SpecError(f"found memory head {worst}, expected heads below {num_kv_heads}: the model has no more kv heads")
@@ -131,7 +136,9 @@ class MemorySpec:
         """The spec that `to_json` wrote; `SpecError` on unknown or ill-typed fields."""
         unknown = set(fields) - set(cls.__dataclass_fields__)
         if unknown:
-            raise SpecError(f"found unknown fields {sorted(unknown)} in a memory spec, expected {sorted(cls.__dataclass_fields__)}")
+            raise SpecError(
+                f"found unknown fields {sorted(unknown)} in a memory spec, expected {sorted(cls.__dataclass_fields__)}"
+            )
         try:
             values = dict(fields)
             if values.get("layers") is not None:
@@ -140,7 +147,9 @@ class MemorySpec:
                 values["heads"] = tuple(tuple(row) for row in values["heads"])
             return cls(**values)
         except TypeError as error:
-            raise SpecError(f"found a memory spec with a field of the wrong type ({error}), expected the fields of MemorySpec") from None
+            raise SpecError(
+                f"found a memory spec with a field of the wrong type ({error}), expected the fields of MemorySpec"
+            ) from None
 
 
 def _ascending(name: str, values: Sequence[int]) -> tuple[int, ...]:

@@ -52,10 +52,17 @@ def references(
         SourceError: a source is missing, of an unknown kind, not UTF-8 (or UTF-16 with a byte order mark), or a JSON
             line has no such text. Paths are looked at before the first reference is asked for, contents when it is.
     """
+    found = documents(source, text_field=text_field)
+    return (r for name, text, markdown in found for r in split(text, tokenizer, name, length, markdown=markdown))
+
+
+def documents(
+    source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, text_field: str = "text"
+) -> Iterator[tuple[str, str, bool]]:
+    """Name, whole text and whether it is Markdown of each document; arguments and errors as for `references`."""
     several = [source] if isinstance(source, str | os.PathLike) else list(source)
     paths = [path for one in several for path in _files(one)]
-    documents = (document for path in paths for document in _documents(path, text_field))
-    return (r for name, text, markdown in documents for r in split(text, tokenizer, name, length, markdown=markdown))
+    return (document for path in paths for document in _documents(path, text_field))
 
 
 def split(text: str, tokenizer: Any, source: str = "", length: int = 128, *, markdown: bool = False) -> list[Reference]:

@@ -54,7 +54,9 @@ FAMILIES: dict[str, Family] = {
         window=LONG,
         attention="eager",
     ),
-    "gemma3": Family("gemma3_text", (("sliding_window", LONG), ("query_pre_attn_scalar", 16), ("layer_types", WINDOWED)), window=LONG),
+    "gemma3": Family(
+        "gemma3_text", (("sliding_window", LONG), ("query_pre_attn_scalar", 16), ("layer_types", WINDOWED)), window=LONG
+    ),
     "phi3": Family("phi3"),
     "olmo2": Family("olmo2"),
     "olmo3": Family("olmo3", (("sliding_window", LONG), ("layer_types", WINDOWED)), window=LONG),
@@ -64,7 +66,9 @@ FAMILIES: dict[str, Family] = {
     "cohere2": Family("cohere2", (("sliding_window", LONG), ("layer_types", WINDOWED)), window=LONG),
     "starcoder2": Family("starcoder2", (("sliding_window", None),)),
     "glm4": Family("glm4", (("partial_rotary_factor", 0.5),)),
-    "gpt-oss": Family("gpt_oss", (*MIXTURE, ("sliding_window", LONG), ("layer_types", WINDOWED)), window=LONG, attention="eager"),
+    "gpt-oss": Family(
+        "gpt_oss", (*MIXTURE, ("sliding_window", LONG), ("layer_types", WINDOWED)), window=LONG, attention="eager"
+    ),
 }
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import FakeDecoder, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import FakeDecoder, same
 from memory3.bank import Bank
 from memory3.codec import RawCodec
 from memory3.manifest import FORMAT_VERSION

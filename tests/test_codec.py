@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from fakes import same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import same
 from memory3.codec import ALIGNMENT, CODECS, RawCodec, RecordShape, codec_from
 from memory3.spec import BankError, Memory, MemorySpec
 

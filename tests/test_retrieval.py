@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from fakes import CORPUS, FakeDecoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fakes import CORPUS, FakeDecoder
 from memory3.bank import Bank
 from memory3.retrieval import RETRIEVERS, Lexical
 from memory3.spec import Reference

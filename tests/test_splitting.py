@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from fakes import CORPUS, count, tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fakes import CORPUS, count, tokenizer
 from memory3.spec import Reference, SourceError
 from memory3.splitting import overlap, references, split
 
@@ -29,7 +29,7 @@ def read(*sources: Path | str, **options: object) -> list[Reference]:
 
 
 def paragraph(seed: int, sentences: int = 3) -> str:
-    words = "bank tower river rain memory morning cat paper record stone".split()
+    words = ["bank", "tower", "river", "rain", "memory", "morning", "cat", "paper", "record", "stone"]
     return " ".join(" ".join(random.Random(f"{seed} {i}").choices(words, k=7)).capitalize() + "." for i in range(sentences))
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-
 from fakes import FakeDecoder, count, same, tokenizer
+
 from memory3 import writing
 from memory3.bank import Bank
 from memory3.spec import BankError, BankMismatch, Memory, Reference

@@ -7,6 +7,7 @@ layer 1 look for places whose predecessor is the current token, and copy what st
 
 from __future__ import annotations
 
+from math import log
 from typing import Any
 
 import torch
@@ -43,22 +44,23 @@ def induction_prior(model: Any, seed: int = 0) -> None:
         first.o_proj.weight[:, query] = 0.12 * note[rows].T
     for kv in range(heads):
         signature = [(kv % 2) * dim + n for n in range(len(slow))]
-        rows, query = [kv * dim + n for n in slow], [kv * groups * dim + n for n in slow]
+        slow_rows, slow_query = [kv * dim + n for n in slow], [kv * groups * dim + n for n in slow]
         all_rows, all_query = slice(kv * dim, (kv + 1) * dim), slice(kv * groups * dim, kv * groups * dim + dim)
         second.k_proj.weight[all_rows] *= 0.1
         second.q_proj.weight[all_query] *= 0.1
-        second.k_proj.weight[rows] = 3.2 * note[signature]
-        second.q_proj.weight[query] = 3.2 * who[signature]
+        second.k_proj.weight[slow_rows] = 3.2 * note[signature]
+        second.q_proj.weight[slow_query] = 3.2 * who[signature]
         second.v_proj.weight[all_rows] = copied[all_rows]
         second.o_proj.weight[:, all_query] = 0.6 * copied[all_rows].T
 
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    return torch.linalg.qr(torch.randn(columns, rows, generator=generator)).Q.T.contiguous()
+    basis: Tensor = torch.linalg.qr(torch.randn(columns, rows, generator=generator)).Q
+    return basis.T.contiguous()
 
 
 def _frequencies(dim: int, theta: float) -> Tensor:
-    return theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return torch.exp(-torch.arange(0, dim, 2, dtype=torch.float32) / dim * log(theta))
 
 
 def _one_back(dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +53,7 @@ class Schedule:
         left = self.steps - step
         if left >= self.decay:
             return self.peak
-        return self.peak * (self.floor + (1 - self.floor) * (1 - (1 - left / self.decay) ** 0.5))
+        return self.peak * (self.floor + (1 - self.floor) * (1 - sqrt(1 - left / self.decay)))
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def run(decoder: Decoder, objective: Objective, settings: Settings, report: Repo
         with accelerator.autocast():
             loss, figures = objective.loss(decoder, objective.batch(step), step)
         if not torch.isfinite(loss):
-            raise TrainError(f"found loss {loss.item()} at step {step}, expected a number: lower the learning rate and run again")
+            raise TrainError(
+                f"found loss {loss.item()} at step {step}, expected a number: lower the learning rate and run again"
+            )
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(decoder.model.parameters(), settings.clip)
         optimizer.step()
@@ -106,7 +109,14 @@ def run(decoder: Decoder, objective: Objective, settings: Settings, report: Repo
         step += 1
         window.add({"loss": float(loss.detach()), **figures})
         if step % settings.log_every == 0 or step == last:
-            report({"step": step, "rate": settings.schedule.rate(step - 1), "minutes": (time.monotonic() - start) / 60, **window.means()})
+            report(
+                {
+                    "step": step,
+                    "rate": settings.schedule.rate(step - 1),
+                    "minutes": (time.monotonic() - start) / 60,
+                    **window.means(),
+                }
+            )
         timed_out = settings.minutes is not None and time.monotonic() - start > settings.minutes * 60
         if step % settings.save_every == 0 or step == last or timed_out:
             save(decoder, optimizer, settings.folder, step)

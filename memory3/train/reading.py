@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memory3.answering import QUESTION
 from memory3.attention import Reading
 from memory3.decoder import Decoder
-
-QUESTION = "Question: {question}\nAnswer:"
-"""The prompt of the model that ships."""
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(A-Z0-9])")
 _SPAN = re.compile(r"\b(?:[A-Z][\w'-]+(?: (?:of|the|de|and|von|[A-Z][\w'-]+)){0,2}|\d[\d,.]*\d|\d|[a-z]{5,})\b")
@@ -72,7 +70,9 @@ class ReadingObjective:
         asked: passages with questions; plain: passages without.
     """
 
-    def __init__(self, decoder: Decoder, asked: Sequence[Passage], plain: Sequence[Passage], phases: Sequence[Phase], seed: int = 0):
+    def __init__(
+        self, decoder: Decoder, asked: Sequence[Passage], plain: Sequence[Passage], phases: Sequence[Phase], seed: int = 0
+    ):
         self.decoder, self.asked, self.plain, self.phases, self.seed = decoder, asked, plain, phases, seed
         self.eos = int(decoder.tokenizer.eos_token_id)
 
@@ -99,7 +99,9 @@ class ReadingObjective:
         draw = rng.random()
         mode = "text" if draw < phase.text_share else "closed" if draw < phase.text_share + phase.closed_share else "memory"
         read = min(_drawn(phase.references, rng), len(references))
-        return Batch(references, [c for c, _ in contexts], [t for _, t in contexts], about, read, _drawn(phase.slots, rng), mode)
+        return Batch(
+            references, [c for c, _ in contexts], [t for _, t in contexts], about, read, _drawn(phase.slots, rng), mode
+        )
 
     def _drawn(self, passage: Passage, phase: Phase, rng: random.Random) -> tuple[str, list[tuple[list[int], int]]]:
         """One form of the passage that fits into a reference, and contexts about it."""
@@ -153,7 +155,9 @@ class ReadingObjective:
             return None
         start = rng.randrange(0, len(words) - 12)
         given = rng.randint(1, 4)
-        return self._context(" ".join(words[start : start + given]), " " + " ".join(words[start + given : start + 50]), end=False)
+        return self._context(
+            " ".join(words[start : start + given]), " " + " ".join(words[start + given : start + 50]), end=False
+        )
 
     def loss(self, decoder: Decoder, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         """Cross-entropy of targets, plus the reference's own at the phase's weight."""

@@ -1,0 +1,348 @@
+"""The command line: one thin function per command; heavy imports happen inside."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memory3.spec import Memory3Error
+
+if TYPE_CHECKING:
+    from memory3.bank import Bank
+    from memory3.decoder import Decoder
+    from memory3.recall import Recall
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Explicit memory for language models."
+)
+bank_app = typer.Typer(no_args_is_help=True, help="Look at a bank.")
+app.add_typer(bank_app, name="bank")
+
+Model = Annotated[str | None, typer.Option(help="Folder or hub name of a decoder; by default the model that ships.")]
+Banks = Annotated[list[Path] | None, typer.Option("--bank", help="Bank to recall from; may be given several times.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
+MinScore = Annotated[float | None, typer.Option(help="Recall nothing that scores below.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most new tokens.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Sample = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Sample at this temperature; default greedy.")]
+TokensPerHead = Annotated[int | None, typer.Option(min=1, help="Overrule the model's kept tokens per head.")]
+
+
+def main() -> None:
+    """Run the command line; an expected error is one sentence on stderr and exit code 1."""
+    warnings.showwarning = _warned
+    try:
+        app()
+    except Memory3Error as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _warned(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+@app.command()
+def write(
+    sources: Annotated[list[str], typer.Argument(help="Files or folders (.txt, .md, .jsonl); - is stdin.")],
+    bank: Annotated[Path, typer.Option(help="Folder of the bank; made where there is none.")],
+    model: Model = None,
+    tokens_per_head: TokensPerHead = None,
+    text_field: Annotated[str, typer.Option(help="Field of JSONL lines that holds the text.")] = "text",
+    batch_size: Annotated[int, typer.Option(min=1, help="References of one forward pass.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Encode documents into memories and store them in a bank."""
+    from dataclasses import asdict
+
+    from memory3.bank import Bank
+    from memory3.splitting import references
+    from memory3.writing import write as write_references
+
+    with _decoder(model, tokens_per_head) as decoder, Bank(bank, decoder, create=True) as opened, _progress("writing") as tell:
+        length = decoder.spec.reference_length
+        found = references(list(sources), decoder.tokenizer, length=length, text_field=text_field)
+        report = write_references(decoder, found, opened, batch_size=batch_size, on_progress=tell)
+    if as_json:
+        print(json.dumps(asdict(report)))
+        return
+    print(
+        f"{report.references} references written, {report.skipped} known already: {report.bytes:,} bytes, "
+        f"{report.bytes_per_reference:,} per reference, {report.seconds:.1f} s"
+    )
+
+
+@app.command()
+def ask(
+    question: Annotated[str | None, typer.Argument(help="The question.")] = None,
+    bank: Banks = None,
+    model: Model = None,
+    questions: Annotated[Path | None, typer.Option(help="File with one question a line.")] = None,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Closed book.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="The references as plain text in the prompt (RAG).")] = False,
+    min_score: MinScore = None,
+    count: Annotated[int | None, typer.Option(min=1, help="References of one recall; default the spec's.")] = None,
+    max_tokens: MaxTokens = 48,
+    temperature: Sample = None,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    tokens_per_head: TokensPerHead = None,
+    as_json: Json = False,
+) -> None:
+    """Answer questions from memory, and say which references were read."""
+    from memory3.answering import answer, questions_of
+    from memory3.spec import SourceError
+
+    if (question is None) == (questions is None):
+        raise SourceError("found both or neither of a question and --questions, expected one of them")
+    with _decoder(model, tokens_per_head) as decoder:
+        recall = None if no_memory else _recall(bank, decoder, min_score=min_score, count=count)
+        options = {"config": _config(decoder, temperature), "max_new_tokens": max_tokens, "seed": seed}
+        if question is not None:
+            asked = _ask_one(decoder, question, recall, text, as_json, options)
+            _warn_if_silent([asked])
+            return
+        assert questions is not None
+        every = questions_of(questions)
+        with _progress("answering") as tell:
+            for start in range(0, len(every), batch_size):
+                documents = answer(decoder, every[start : start + batch_size], recall, as_text=text, **options)
+                for made in documents:
+                    print(
+                        json.dumps(made, ensure_ascii=False) if as_json else f"{made['question']}\t{made['answer']}", flush=True
+                    )
+                _warn_if_silent(documents)
+                tell(min(start + batch_size, len(every)), len(every))
+
+
+def _ask_one(
+    decoder: Decoder, question: str, recall: Recall | None, text: bool, as_json: bool, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Stream one answer, then its citations; or the document alone."""
+    from memory3.answering import NOTHING, answer, document, question_prompt
+    from memory3.generation import generate
+    from memory3.recall import Recalled
+
+    if as_json or text:
+        [made] = answer(decoder, [question], recall, as_text=text, **options)
+        print(json.dumps(made, ensure_ascii=False) if as_json else made["answer"])
+        if not as_json:
+            _print_citations(made)
+        return made
+    if recall is not None and recall.min_score is not None and not recall([question])[0].hits:
+        print(NOTHING)
+        return document(question, None, Recalled(question))
+    completion = None
+    for token in generate(decoder, question_prompt(decoder, question), recall=recall, effect=recall is not None, **options):
+        print(token.text if completion is not None or token.id is None else token.text.replace("\n", " "), end="", flush=True)
+        completion = token.completion
+    print()
+    made = document(question, completion, Recalled(question))
+    _print_citations(made)
+    return made
+
+
+def _print_citations(made: dict[str, Any]) -> None:
+    for n, c in enumerate(made["citations"], 1):
+        share = "" if c["share"] is None else f"{c['share']:5.0%}  "
+        words = " ".join(c["text"].split())
+        print(f"  [{n}] {share}{c['source']}:{c['start']}-{c['end']}  {words[:90]}{'…' if len(words) > 90 else ''}")
+    memory = made["memory"]
+    if memory["logit_shift"] is not None:
+        mass = " ".join(f"{layer}:{m:.2f}" for layer, m in memory["attention_mass"].items())
+        print(
+            f"  memory: {memory['references']} references, {memory['bytes_read']:,} bytes read, "
+            f"attention mass per layer {mass or '-'}, logit shift {memory['logit_shift']:.3f} nats"
+        )
+
+
+def _warn_if_silent(documents: list[dict[str, Any]]) -> None:
+    """The guard against silent ineffectiveness."""
+    for made in documents:
+        shift = made["memory"]["logit_shift"]
+        if made["memory"]["references"] and shift is not None and shift < 1e-4:
+            print(
+                f"warning: the recalled memories changed nothing (logit shift {shift:.1e} nats): this model does not read memory; "
+                "train it with `memory3 train`, or use --text",
+                file=sys.stderr,
+            )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - is stdin.")],
+    bank: Banks = None,
+    model: Model = None,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Without recall.")] = False,
+    min_score: MinScore = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Sample = None,
+    seed: Seed = 0,
+    tokens_per_head: TokensPerHead = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, recalling every 64 tokens."""
+    from memory3.answering import document
+    from memory3.generation import generate as stream_one
+    from memory3.recall import Recalled
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with _decoder(model, tokens_per_head) as decoder:
+        recall = None if no_memory else _recall(bank, decoder, min_score=min_score)
+        completion = None
+        options = {"config": _config(decoder, temperature), "max_new_tokens": max_tokens, "seed": seed}
+        for token in stream_one(decoder, text, recall=recall, effect=recall is not None, **options):
+            if not as_json:
+                print(token.text, end="", flush=True)
+            completion = token.completion
+        made = document(text, completion, Recalled(text))
+        made["prompt"] = made.pop("question")
+        made["text"] = completion.text if completion else made["answer"]
+        del made["answer"]
+        print(json.dumps(made, ensure_ascii=False) if as_json else "")
+        if not as_json:
+            _print_citations(made)
+        _warn_if_silent([made])
+
+
+@bank_app.command()
+def stats(bank: Annotated[Path, typer.Argument(help="Folder of the bank.")], as_json: Json = False) -> None:
+    """Say what is in a bank and what it weighs."""
+    from memory3.bank import Bank
+
+    with Bank(bank) as opened:
+        found = opened.stats()
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value}")
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="default: the recipe of the model that ships; warmup, continual: any model.")],
+    data: Annotated[
+        Path, typer.Option(help="default: folder with qa.parquet and passages.parquet; else a .jsonl or text source.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints and of the finished model.")],
+    model: Model = None,
+    bank: Annotated[Path | None, typer.Option(help="continual: JSONL, text or folder whose references are recalled.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="warmup, continual: steps in all.")] = 1000,
+    rate: Annotated[float, typer.Option(help="warmup, continual: peak learning rate.")] = 3e-4,
+    length: Annotated[int, typer.Option(min=64, help="warmup, continual: tokens of a sequence.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="warmup, continual: sequences of a step.")] = 4,
+    minutes: Annotated[float, typer.Option(help="Stop with a checkpoint after so long; run again to go on.")] = 60.0,
+    seed: Seed = 0,
+) -> None:
+    """Train a model to read memory; resumable."""
+    from memory3.train.stages import run_stage
+
+    done, planned = run_stage(
+        stage,
+        data,
+        out,
+        model=model,
+        recalled=bank,
+        steps=steps,
+        rate=rate,
+        length=length,
+        batch=batch,
+        minutes=minutes,
+        seed=seed,
+        report=lambda line: print("  ".join(f"{k} {v:.4g}" for k, v in line.items()), flush=True),
+    )
+    print(
+        f"{done} of {planned} steps done"
+        + ("; run the same command again to go on" if done < planned else f", model in {out / 'model'}")
+    )
+
+
+@app.command("eval")
+def evaluate(
+    what: Annotated[str, typer.Argument(help="reading: exact match per format; slots: the curve over tokens per head.")],
+    data: Annotated[Path, typer.Option(help="Folder with qa.parquet.")],
+    model: Model = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions.")] = 500,
+    out: Annotated[Path | None, typer.Option(help="Picture of the curve, for `slots`.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure reading on dev questions, each format beside its control."""
+    from memory3.evaluate.reading import measure
+
+    with _decoder(model, None) as decoder, _progress("measuring") as tell:
+        measure(decoder, data, what, limit, out, seed, tell)
+
+
+@app.command()
+def demo(
+    notes: Annotated[Path, typer.Option(help="Documents of the bank.")] = Path("examples/notes"),
+    questions: Annotated[Path, typer.Option(help="JSONL with question and answers.")] = Path("examples/questions.jsonl"),
+    bank: Annotated[Path, typer.Option(help="Folder of the bank.")] = Path("demo-bank"),
+    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    model: Model = None,
+) -> None:
+    """Write a bank from the notes, ask ten questions with and without memory, draw what one answer read."""
+    from memory3.evaluate.demo import run_demo
+
+    with _decoder(model, None) as decoder:
+        run_demo(decoder, notes, questions, bank, picture)
+
+
+# ---- what commands share ----
+
+
+@contextmanager
+def _decoder(model: str | None, tokens_per_head: int | None) -> Iterator[Decoder]:
+    from dataclasses import replace
+
+    from memory3.loading import load
+
+    with load(model) as decoder:
+        yield decoder if tokens_per_head is None else decoder.using(replace(decoder.spec, tokens_per_head=tokens_per_head))
+
+
+def _recall(banks: list[Path] | None, decoder: Decoder, **options: Any) -> Recall:
+    from memory3.bank import Bank
+    from memory3.recall import Recall
+    from memory3.spec import BankError
+
+    if not banks:
+        raise BankError(
+            "found no --bank, expected one to recall from: write it with `memory3 write SOURCES --bank FOLDER`, or --no-memory"
+        )
+    opened: list[Bank] = [Bank(path, decoder) for path in banks]
+    return Recall(opened, **options)
+
+
+def _config(decoder: Decoder, temperature: float | None) -> Any:
+    """The model's generation settings; greedy unless a temperature is given."""
+    from copy import deepcopy
+
+    config = deepcopy(decoder.model.generation_config)
+    config.do_sample = bool(temperature)
+    config.temperature = temperature or None
+    return config
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    """A bar on stderr, which appears where a terminal is watching."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total=None: bar.update(task, completed=done, total=total)

@@ -1,0 +1,1 @@
+"""Measurements on real questions, each format beside its control."""

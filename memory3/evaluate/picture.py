@@ -1,0 +1,99 @@
+"""Pictures: what one answer read, and the curve of exact match over slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memory3.answering import question_prompt
+from memory3.attention import Trace
+from memory3.decoder import Decoder
+from memory3.generation import Completion
+from memory3.spec import Memory3Error
+
+if TYPE_CHECKING:
+    from memory3.evaluate.reading import Score
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise Memory3Error("found no matplotlib, expected it for pictures: pip install 'memory3[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    return pyplot
+
+
+@torch.no_grad()
+def draw_reading(decoder: Decoder, question: str, completion: Completion, path: Path) -> None:
+    """Draw, for the most cited reference of an answer, the tokens that each memory head kept and what it attended to.
+
+    A row is a memory head, a column a token of the reference; white was not kept, the darker the more attention the
+    answer's tokens paid (mean over the answer, sum over the query heads of the kv head).
+    """
+    assert completion.effect is not None and completion.effect.citations, "an answer with citations"
+    assert decoder.spec.layers is not None
+    cited = completion.effect.citations[0]
+    recalled = next(r for _, r in completion.recalls if any(h.id == cited.id for h in r.hits))
+    place = [h.id for h in recalled.hits].index(cited.id)
+    memory, tokens = recalled.memories[place], decoder.tokens(cited.reference.text)
+    prompt = question_prompt(decoder, question)
+    context = [*prompt.ids, *completion.ids[:-1]]
+    layout, trace = decoder.layout([context], grid=[[0] * len(context)]), Trace(tokens_too=True)
+    decoder.forward(layout, decoder.reading(layout.chunks, [[recalled.memories]], trace), use_cache=False)
+    paid = torch.full((decoder.spec.pairs, len(tokens)), float("nan"))
+    for layer in decoder.spec.layers:
+        rows = decoder.spec.rows_of(layer)
+        heads = len(decoder.spec.heads_of(layer))
+        weights = trace.tokens[layer][0, -len(completion.ids) :, :, place].mean(0)  # (heads * G, K)
+        by_head = weights.unflatten(0, (heads, -1)).sum(1)[:, : memory.count]
+        positions = memory.positions[rows].long()
+        paid[rows] = paid[rows].scatter(1, positions, by_head.to(paid.dtype).cpu())
+    words = [decoder.tokenizer.decode([t]).replace("\n", "¶").strip() or "·" for t in tokens]
+    labels = [f"layer {layer}, head {head}" for layer in decoder.spec.layers for head in decoder.spec.heads_of(layer)]
+    _heat(paid, words, labels, f"{question}  →  {completion.text.strip()}", path)
+
+
+def _heat(paid: torch.Tensor, words: Sequence[str], labels: Sequence[str], title: str, path: Path) -> None:
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(max(9.0, 0.24 * len(words)), 1.6 + 0.26 * len(labels)), constrained_layout=True)
+    colours = pyplot.get_cmap("viridis_r").copy()
+    colours.set_bad("white")
+    top = max(1e-6, float(torch.nan_to_num(paid).max()))
+    image = axes.imshow(paid.numpy(), aspect="auto", cmap=colours, vmin=0, vmax=top)
+    axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_title(f"{title}\nwhite: not kept; darker: more attention paid by the answer", fontsize=10)
+    figure.colorbar(image, ax=axes, label="weight in the joint softmax", pad=0.01)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_curve(points: Sequence[tuple[int, Score]], path: Path) -> None:
+    """Draw exact match and F1 in percent, with intervals, over key-value slots of one reference."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), constrained_layout=True)
+    slots = [s for s, _ in points]
+    for name, means, bounds in (
+        ("exact match", [p.exact for _, p in points], [p.exact_interval for _, p in points]),
+        ("F1", [p.f1 for _, p in points], [p.f1_interval for _, p in points]),
+    ):
+        low = [100 * (m - b[0]) for m, b in zip(means, bounds, strict=True)]
+        high = [100 * (b[1] - m) for m, b in zip(means, bounds, strict=True)]
+        axes.errorbar(slots, [100 * m for m in means], yerr=[low, high], marker="o", capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(slots, [str(s) for s in slots])
+    axes.set_xlabel("slots of one reference (memory layers x kv heads x tokens per head)")
+    axes.set_ylabel("percent of dev questions")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

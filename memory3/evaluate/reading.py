@@ -1,0 +1,211 @@
+"""Does the model read? Exact match and F1 on dev questions whose gold reference is in memory among four others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from memory3.answering import question_prompt
+from memory3.decoder import Decoder
+from memory3.generation import Prompt, complete
+from memory3.recall import Recalled
+from memory3.retrieval import Hit
+from memory3.scoring import exact_match, f1, interval
+from memory3.spec import MemorySpec, Reference, SourceError
+from memory3.splitting import split
+
+OTHERS = 4
+"""Wrong references beside the gold one."""
+BATCH = 16
+SLOTS = (8, 16, 32, 64, None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question, its accepted answers, its gold reference and others that do not hold the answer."""
+
+    dataset: str
+    question: str
+    answers: tuple[str, ...]
+    gold: str
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over `count` questions with their 95 % bootstrap intervals."""
+
+    name: str
+    count: int
+    exact: float
+    exact_interval: tuple[float, float]
+    f1: float
+    f1_interval: tuple[float, float]
+
+    def row(self) -> str:
+        """A row of a Markdown table, in percent."""
+        cells = [
+            f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+            for mean, (low, high) in ((self.exact, self.exact_interval), (self.f1, self.f1_interval))
+        ]
+        return f"| {self.name} | {self.count} | {cells[0]} | {cells[1]} |"
+
+
+def dev_cases(decoder: Decoder, data: Path, limit: int, seed: int = 0) -> list[Case]:
+    """Dev questions of `qa.parquet` (boolq apart) whose answer stands in a reference of at most `reference_length` tokens."""
+    import pyarrow.parquet as pq
+
+    file = data / "qa.parquet"
+    if not file.is_file():
+        raise SourceError(f"found no {file}, expected the questions: give the folder that holds qa.parquet with --data")
+    rows = [r for r in pq.read_table(file).to_pylist() if r["split"] == "dev" and r["dataset"] != "boolq"]
+    rng = random.Random(seed)
+    rng.shuffle(rows)
+    found: list[tuple[dict[str, Any], str]] = []
+    for row in rows:
+        gold = _gold(decoder, row)
+        if gold is not None:
+            found.append((row, gold))
+        if len(found) == limit:
+            break
+    pool = [gold for _, gold in found]
+    cases = []
+    for row, gold in found:
+        answers = tuple(a.strip() for a in row["answers"] if a.strip())
+        innocent = [g for g in rng.sample(pool, min(len(pool), 40)) if g != gold and not any(a in g for a in answers)]
+        cases.append(Case(row["dataset"], row["question"].strip(), answers, gold, tuple(innocent[:OTHERS])))
+    return cases
+
+
+def _gold(decoder: Decoder, row: dict[str, Any]) -> str | None:
+    title = (row["title"] or "").replace("_", " ")
+    text = f"# {title}\n\n{row['passage']}" if title else row["passage"]
+    pieces = split(text, decoder.tokenizer, length=decoder.spec.reference_length)
+    return next((p.text for p in pieces for a in row["answers"] if a.strip() and a.strip() in p.text), None)
+
+
+class _Given:
+    """A recall that brings given texts, whatever is asked: memories are encoded on the spot."""
+
+    min_score = None
+
+    def __init__(self, decoder: Decoder, texts: Sequence[Sequence[str]]) -> None:
+        flat = list(dict.fromkeys(t for row in texts for t in row))
+        memories = dict(zip(flat, [m for n in range(0, len(flat), 32) for m in decoder.encode(flat[n : n + 32])], strict=True))
+        self.found = [[(t, memories[t]) for t in row] for row in texts]
+
+    def __call__(self, queries: Sequence[str], texts: Sequence[str] | None = None) -> list[Recalled]:
+        """One prompt has one chunk here, so rows and queries agree."""
+        assert len(queries) == len(self.found), "a question that is longer than a chunk"
+        return [self._recalled(query, row) for query, row in zip(queries, self.found, strict=True)]
+
+    def _recalled(self, query: str, row: Sequence[tuple[str, Any]]) -> Recalled:
+        references = tuple(Reference(text) for text, _ in row)
+        hits = tuple(Hit(r.id, 0.0) for r in references)
+        return Recalled(query, hits, tuple(m for _, m in row), references)
+
+
+Given = Callable[[Case], Sequence[str]]
+
+
+def score_of(
+    name: str,
+    decoder: Decoder,
+    cases: Sequence[Case],
+    given: Given | None,
+    *,
+    as_text: bool = False,
+    tell: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Answer the cases greedily with what `given` brings, as memories or as text, and score them."""
+    exact: list[float] = []
+    overlap: list[float] = []
+    for start in range(0, len(cases), BATCH):
+        batch = cases[start : start + BATCH]
+        texts = [list(given(c)) if given else [] for c in batch]
+        prompts: list[str | Prompt] = [
+            question_prompt(decoder, c.question, t if as_text else ()) for c, t in zip(batch, texts, strict=True)
+        ]
+        recall: Any = _Given(decoder, texts) if given and not as_text else None
+        for case, done in zip(batch, complete(decoder, prompts, recall=recall, max_new_tokens=24), strict=True):
+            said = done.text.strip().split("\n")[0]
+            exact.append(exact_match(said, case.answers))
+            overlap.append(f1(said, case.answers))
+        if tell:
+            tell(start + len(batch), len(cases))
+    return Score(name, len(exact), sum(exact) / len(exact), interval(exact), sum(overlap) / len(overlap), interval(overlap))
+
+
+def _mixed(case: Case) -> Sequence[str]:
+    """Gold among the others, at a place that the question decides."""
+    place = len(case.question) % (len(case.others) + 1)
+    return [*case.others[:place], case.gold, *case.others[place:]]
+
+
+def short_cases(decoder: Decoder, cases: Sequence[Case]) -> list[Case]:
+    """Cases whose prompt is one chunk."""
+    most = decoder.spec.chunk_length
+    return [c for c in cases if len(question_prompt(decoder, c.question).ids) <= most]
+
+
+def formats(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], None] | None = None) -> list[Score]:
+    """Closed book, sparse memory, wrong memory, dense memory, dense memory in all layers, and text in the prompt."""
+    assert decoder.spec.layers is not None
+    dense = decoder.using(replace(decoder.spec, tokens_per_head=None))
+    everywhere = decoder.using(MemorySpec(layers=tuple(range(decoder.geometry.num_layers)), tokens_per_head=None))
+    return [
+        score_of("closed book", decoder, cases, None, tell=tell),
+        score_of(f"sparse memory, {decoder.spec.tokens_per_head} tokens per head", decoder, cases, _mixed, tell=tell),
+        score_of("wrong memory (the four others)", decoder, cases, lambda c: c.others, tell=tell),
+        score_of("sparse memory, gold alone", decoder, cases, lambda c: [c.gold], tell=tell),
+        score_of("dense memory, all tokens, memory layers", dense, cases, _mixed, tell=tell),
+        score_of("dense memory, all tokens, all layers", everywhere, cases, _mixed, tell=tell),
+        score_of("text in the prompt, gold and four others", decoder, cases, _mixed, as_text=True, tell=tell),
+        score_of("text in the prompt, gold alone", decoder, cases, lambda c: [c.gold], as_text=True, tell=tell),
+    ]
+
+
+def curve(
+    decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], None] | None = None
+) -> list[tuple[int | None, Score]]:
+    """Exact match against kept tokens per head."""
+    points = []
+    for slots in SLOTS:
+        view = decoder.using(replace(decoder.spec, tokens_per_head=slots))
+        points.append((slots, score_of(f"{slots or 'all'} tokens per head", view, cases, _mixed, tell=tell)))
+    return points
+
+
+def selections(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], None] | None = None) -> list[Score]:
+    """Every registered selection at the decoder's own budget."""
+    from memory3.selection import SELECTIONS
+
+    return [
+        score_of(name, decoder.using(replace(decoder.spec, selection=name)), cases, _mixed, tell=tell) for name in SELECTIONS
+    ]
+
+
+def measure(
+    decoder: Decoder, data: Path, what: str, limit: int, out: Path | None, seed: int, tell: Callable[[int, int], None]
+) -> list[Score]:
+    """Print a Markdown table of `reading`, `slots` or `selections`; draw the curve where `out` says."""
+    if what not in ("reading", "slots", "selections"):
+        raise SourceError(f"found eval {what!r}, expected reading, slots or selections")
+    cases = short_cases(decoder, dev_cases(decoder, data, limit, seed))
+    if what == "slots":
+        points = curve(decoder, cases, tell)
+        scores = [score for _, score in points]
+        if out is not None:
+            from memory3.evaluate.picture import draw_curve
+
+            spec, length = decoder.spec, decoder.spec.reference_length
+            draw_curve([(spec.pairs * (slots or length), score) for slots, score in points], out)
+    else:
+        scores = (formats if what == "reading" else selections)(decoder, cases, tell)
+    print("| what | questions | exact match, % [95 % interval] | F1, % [95 % interval] |\n|---|---|---|---|")
+    for score in scores:
+        print(score.row())
+    return scores
