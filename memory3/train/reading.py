@@ -35,7 +35,11 @@ class Passage:
 
 @dataclass(frozen=True)
 class Phase:
-    """How the mixture looks up to a step. Shares and slots are `(value, weight)` pairs."""
+    """How the mixture looks up to a step. Shares and slots are `(value, weight)` pairs.
+
+    `longest` is the range that the most tokens of a reference are drawn from: where an answer stands is learned sooner in
+    a sentence or two than in a full reference.
+    """
 
     until: int
     references: tuple[tuple[int, float], ...]
@@ -47,6 +51,7 @@ class Phase:
     closed_share: float = 0.05
     batch: int = 16
     contexts: int = 2
+    longest: tuple[int, int] = (128, 128)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class ReadingObjective:
     def _drawn(self, passage: Passage, phase: Phase, rng: random.Random) -> tuple[str, list[tuple[list[int], int]]]:
         """One form of the passage that fits into a reference, and contexts about it."""
         question = rng.choice(passage.questions) if passage.questions else None
-        text = window(self.decoder, passage, question[1] if question else None, rng)
+        text = window(self.decoder, passage, question[1] if question else None, rng, rng.randint(*phase.longest))
         tasks = []
         for n in range(phase.contexts):
             kind = _drawn(phase.tasks, rng)
@@ -174,10 +179,10 @@ class ReadingObjective:
             table = self._table(batch, step).to(view.device)
             reading = Reading(stack, table, layout.chunks, view.spec)
         states = view.forward(layout, reading, base=True, use_cache=False).last_hidden_state
-        target_loss, accuracy = _target_loss(view, states, layout.input_ids, batch, len(view.prefix_ids))
-        figures = {f"{batch.mode}_target": float(target_loss.detach()), f"{batch.mode}_accuracy": accuracy}
+        target_loss, found = _target_loss(view, states, layout.input_ids, batch, len(view.prefix_ids), self.eos)
+        figures = {f"{batch.mode}_{name}": value for name, value in [("target", float(target_loss.detach())), *found.items()]}
         if batch.mode == "memory":
-            figures[f"accuracy_{batch.slots or 'all'}x{batch.read}"] = accuracy
+            figures[f"exact_{batch.slots or 'all'}x{batch.read}"] = found["exact"]
             figures["reference"] = float(reference_loss.detach())
         return target_loss + phase.reference_loss * reference_loss, figures
 
@@ -206,19 +211,19 @@ class ReadingObjective:
         layout = decoder.layout(contexts, padding_side="right", memory=False)
         states = decoder.forward(layout, base=True, use_cache=False).last_hidden_state
         shown = replace(batch, contexts=contexts, target_starts=starts)
-        loss, accuracy = _target_loss(decoder, states, layout.input_ids, shown, 0)
-        return loss, {"text_target": float(loss.detach()), "text_accuracy": accuracy}
+        loss, found = _target_loss(decoder, states, layout.input_ids, shown, 0, self.eos)
+        return loss, {"text_target": float(loss.detach()), **{f"text_{name}": value for name, value in found.items()}}
 
 
-def window(decoder: Decoder, passage: Passage, answer: str | None, rng: random.Random) -> str:
-    """Whole sentences of the passage that fit into a reference, around the answer, in one of the forms that notes have."""
+def window(decoder: Decoder, passage: Passage, answer: str | None, rng: random.Random, budget: int) -> str:
+    """Whole sentences of the passage that fit into `budget` tokens, around the answer, in one of the forms that notes have."""
     sentences = _SENTENCE.split(passage.text)
     holding = [n for n, s in enumerate(sentences) if answer is not None and answer in s]
-    first = max(0, (holding[0] if holding else rng.randrange(len(sentences))) - rng.randint(0, 3))
+    before = rng.randint(0, 3) if budget > 96 else rng.randint(0, 1) if budget > 64 else 0
+    first = max(0, (holding[0] if holding else rng.randrange(len(sentences))) - before)
     draw = rng.random()
     title = passage.title.replace("_", " ")
     head = "" if not title or draw < 0.3 else f"# {title}\n\n" if draw < 0.7 else f"{title}\n"
-    budget = decoder.spec.reference_length
     text = head + sentences[first]
     length = len(decoder.tokens(text))
     for sentence in sentences[first + 1 :]:
@@ -245,13 +250,22 @@ def _reference_loss(decoder: Decoder, states: Tensor, references: Sequence[Seque
     return functional.cross_entropy(logits.float(), labels[chosen])
 
 
-def _target_loss(decoder: Decoder, states: Tensor, input_ids: Tensor, batch: Batch, prefix: int) -> tuple[Tensor, float]:
-    """Cross-entropy `()` of the targets in right-padded contexts, and the share of target tokens that are predicted."""
-    target = torch.zeros(input_ids.shape, dtype=torch.bool, device=states.device)
+def _target_loss(
+    decoder: Decoder, states: Tensor, input_ids: Tensor, batch: Batch, prefix: int, eos: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy `()` of the targets in right-padded contexts, every context counting the same whatever its length.
+
+    The figures are the share of target tokens that are predicted, and of questions whose whole answer is.
+    """
+    weight = torch.zeros(input_ids.shape, device=states.device)
     for row, (context, start) in enumerate(zip(batch.contexts, batch.target_starts, strict=True)):
-        target[row, prefix + start : prefix + len(context)] = True
-    target = target[:, 1:]
+        weight[row, prefix + start : prefix + len(context)] = 1 / (len(context) - start)
+    weight = weight[:, 1:]
+    target = weight > 0
     labels = input_ids[:, 1:][target]
     logits = decoder.model.get_output_embeddings()(states[:, :-1][target]).float()
-    hits = logits.detach().argmax(-1) == labels
-    return functional.cross_entropy(logits, labels), float(hits.float().mean())
+    hits = torch.zeros_like(weight)
+    hits[target] = (logits.detach().argmax(-1) == labels).float()
+    whole = [float(hits[n].sum() == target[n].sum()) for n, c in enumerate(batch.contexts) if c[-1] == eos]
+    loss = (functional.cross_entropy(logits, labels, reduction="none") * weight[target]).sum() / len(batch.contexts)
+    return loss, {"accuracy": float(hits[target].mean()), "exact": sum(whole) / max(1, len(whole))}

@@ -23,7 +23,7 @@ LAYERS = (0, 1, 2, 3)
 TOKENS_PER_HEAD = 32
 """Chosen by the curve of exact match over slots in docs/results.md."""
 VOCABULARY = 8192
-STEPS = 1900
+STEPS = 2100
 QUESTIONS_HEAVY = (("question", 0.6), ("cloze", 0.25), ("completion", 0.15))
 PHASES = (
     Phase(
@@ -35,7 +35,7 @@ PHASES = (
         question_passages=0.4,
     ),
     Phase(
-        until=850,
+        until=840,
         references=((1, 0.3), (3, 0.4), (5, 0.3)),
         slots=((None, 0.6), (64, 0.25), (32, 0.15)),
         tasks=QUESTIONS_HEAVY,
@@ -45,12 +45,36 @@ PHASES = (
         contexts=3,
     ),
     Phase(
+        until=1350,
+        references=((1, 0.6), (2, 0.4)),
+        slots=((None, 0.85), (32, 0.15)),
+        tasks=(("question", 0.5), ("cloze", 0.45), ("completion", 0.05)),
+        reference_loss=0.1,
+        question_passages=0.85,
+        text_share=0.04,
+        batch=24,
+        contexts=4,
+        longest=(24, 56),
+    ),
+    Phase(
+        until=1800,
+        references=((1, 0.4), (3, 0.4), (5, 0.2)),
+        slots=((None, 0.6), (64, 0.3), (32, 0.1)),
+        tasks=QUESTIONS_HEAVY,
+        reference_loss=0.05,
+        question_passages=0.85,
+        text_share=0.08,
+        batch=20,
+        contexts=3,
+        longest=(40, 128),
+    ),
+    Phase(
         until=STEPS,
         references=((1, 0.1), (3, 0.3), (5, 0.6)),
-        slots=((None, 0.2), (64, 0.25), (32, 0.35), (16, 0.15), (8, 0.05)),
+        slots=((None, 0.35), (64, 0.4), (32, 0.2), (16, 0.05)),
         tasks=QUESTIONS_HEAVY,
-        reference_loss=0.1,
-        question_passages=0.8,
+        reference_loss=0.05,
+        question_passages=0.85,
         text_share=0.08,
         contexts=3,
     ),
