@@ -1,7 +1,8 @@
 """Files and texts -> references of at most 128 tokens; how much of a reference a text repeats (paper, Eq. 6).
 
-A text that fits is one reference. Else neighbouring paragraphs are joined until half the length is reached, and the next
-reference starts at a paragraph, so that an edit changes few of them; a longer paragraph is cut at sentences, then words.
+A text that fits is one reference. Else neighbouring paragraphs are joined while they fit, and references start anew at
+headings and at paragraphs that their own text picks, so that an edit changes few of them; a longer paragraph is cut at
+sentences, then words.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,14 +158,17 @@ class _Counter:
 
 
 def _groups(text: str, counter: _Counter, length: int) -> list[Span]:
-    """Paragraphs, joined until they have half the length: local decisions, so that an edit far before changes nothing."""
+    """Neighbouring paragraphs joined while they fit.
+
+    A heading, and one paragraph in four by the hash of its text, starts a new group once the last has a quarter of the
+    length: so the groups behind an edit soon fall in step again, also where all paragraphs are alike in size.
+    """
     groups: list[Span] = []
     size = 0
     paragraphs = list(_paragraphs(text))
     for (start, end), count in zip(paragraphs, counter.many(paragraphs), strict=True):
-        full = size >= length / 2
-        restarts = bool(_HEADING.match(text, start)) or size + count > length
-        if not groups or full or (restarts and size >= length / 4):
+        restarts = size + count > length or _HEADING.match(text, start) or _anchors(text[start:end])
+        if not groups or (restarts and size >= length / 4):
             groups.append((start, end))
             size = 0
         groups[-1] = (groups[-1][0], end)
@@ -171,6 +176,10 @@ def _groups(text: str, counter: _Counter, length: int) -> list[Span]:
     if len(groups) > 1 and size < length / 4 and counter.fits((groups[-2][0], groups[-1][1]), length):
         groups[-2:] = [(groups[-2][0], groups[-1][1])]
     return groups
+
+
+def _anchors(paragraph: str) -> bool:
+    return zlib.crc32(paragraph.encode()) % 4 == 0
 
 
 def _paragraphs(text: str) -> Iterator[Span]:

@@ -50,8 +50,8 @@ def test_references_cover_the_text_in_order_within_the_length(text: str, length:
 
 
 def test_a_note_that_fits_is_one_reference() -> None:
-    note = f"# The Eiffel Tower\n\n{CORPUS[0]}\n\nSource: a book about Paris\n"
-    [reference] = split(note, tokenizer(), "eiffel.md", 128, markdown=True)
+    note = f"# The Eiffel Tower\n\n{CORPUS[0]}\n\n# More\n\nSource: a book about Paris\n"
+    [reference] = split(note, tokenizer(), "eiffel.md", count(note.strip()), markdown=True)
     assert (reference.text, reference.source, reference.start) == (note.strip(), "eiffel.md", 0)
 
 
@@ -61,12 +61,14 @@ def test_a_text_is_cut_at_sentences() -> None:
 
 
 def test_editing_one_paragraph_changes_few_references() -> None:
-    paragraphs = [paragraph(seed, 1 + seed % 4) for seed in range(60)]
-    before = split("\n\n".join(paragraphs), tokenizer(), length=128)
-    paragraphs[3] = f"A new beginning. {paragraphs[3]}"
-    after = split("\n\n".join(paragraphs), tokenizer(), length=128)
+    paragraphs = [paragraph(seed, 2) for seed in range(60)]
+    before = {r.id for r in split("\n\n".join(paragraphs), tokenizer(), length=128)}
+    changed = []
+    for place in range(0, 60, 5):
+        edited = [*paragraphs[:place], "A new beginning. And more words.", *paragraphs[place:]]
+        changed.append(len({r.id for r in split("\n\n".join(edited), tokenizer(), length=128)} - before))
     assert len(before) > 20
-    assert len({r.id for r in after} - {r.id for r in before}) <= 4
+    assert sum(changed) / len(changed) < 3.5
 
 
 def test_a_heading_starts_a_new_reference_together_with_what_follows() -> None:
@@ -94,7 +96,7 @@ def test_long_text_without_spaces_takes_linear_time() -> None:
     started = time.perf_counter()
     found = split("日本語" * 8000, tokenizer(), length=128)
     assert "".join(r.text for r in found) == "日本語" * 8000
-    assert time.perf_counter() - started < 20
+    assert time.perf_counter() - started < 4
 
 
 def test_a_character_that_cannot_fit_and_a_lone_surrogate_are_refused() -> None:

@@ -96,6 +96,19 @@ def test_a_bank_of_another_model_or_in_use_is_refused(tmp_path: Path) -> None:
         write(decoder, many(1), Bank(tmp_path, decoder))
 
 
+def test_nobody_else_writes_between_two_batches(tmp_path: Path) -> None:
+    decoder, refused = FakeDecoder(), []
+    bank, other = Bank(tmp_path, decoder, create=True), Bank(tmp_path, decoder)
+
+    def intrude(done: int, total: int | None) -> None:
+        with pytest.raises(BankError, match="another process"):
+            other.refresh()
+        refused.append(done)
+
+    write(decoder, many(4), bank, batch_size=2, on_progress=intrude)
+    assert refused == [2, 4, 4]
+
+
 def test_documents_become_memories_that_are_found_again(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/tower.md").write_text("# Tower\n\nThe tower of Vell has 213 steps.\n")

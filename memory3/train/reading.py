@@ -20,6 +20,9 @@ from memory3.answering import QUESTION
 from memory3.attention import Reading
 from memory3.decoder import Decoder
 
+SNIPPET = 32
+"""A reference of fewer tokens is cut around the answer, without regard to sentences."""
+
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(A-Z0-9])")
 _SPAN = re.compile(r"\b(?:[A-Z][\w'-]+(?: (?:of|the|de|and|von|[A-Z][\w'-]+)){0,2}|\d[\d,.]*\d|\d|[a-z]{5,})\b")
 
@@ -139,7 +142,7 @@ class ReadingObjective:
 
     def _cloze(self, text: str, rng: random.Random) -> tuple[list[int], int] | None:
         """`Question: <sentence with a gap>?`"""
-        sentences = [s for s in _SENTENCE.split(text) if 5 <= len(s.split()) <= 35]
+        sentences = [s for s in _SENTENCE.split(text) if 4 <= len(s.split()) <= 35]
         if not sentences:
             return None
         sentence = rng.choice(sentences).strip()
@@ -217,6 +220,8 @@ class ReadingObjective:
 
 def window(decoder: Decoder, passage: Passage, answer: str | None, rng: random.Random, budget: int) -> str:
     """Whole sentences of the passage that fit into `budget` tokens, around the answer, in one of the forms that notes have."""
+    if budget < SNIPPET:
+        return _snippet(decoder, passage.text, answer, rng, budget)
     sentences = _SENTENCE.split(passage.text)
     holding = [n for n, s in enumerate(sentences) if answer is not None and answer in s]
     before = rng.randint(0, 3) if budget > 96 else rng.randint(0, 1) if budget > 64 else 0
@@ -232,6 +237,18 @@ def window(decoder: Decoder, passage: Passage, answer: str | None, rng: random.R
             break
         text += " " + sentence
     return text
+
+
+def _snippet(decoder: Decoder, text: str, answer: str | None, rng: random.Random, budget: int) -> str:
+    """A few words around the answer, or from anywhere."""
+    words = text.split()
+    at = len(text[: text.find(answer)].split()) if answer is not None and answer in text else rng.randrange(len(words))
+    held = len((answer or "").split())
+    start = max(0, at - rng.randint(1, max(1, budget // 2 - held)))
+    end = max(at + held, start + 4)
+    while end < len(words) and len(decoder.tokens(" ".join(words[start : end + 1]))) <= budget:
+        end += 1
+    return " ".join(words[start:end])
 
 
 def _drawn(pairs: Sequence[tuple[Any, float]], rng: random.Random) -> Any:

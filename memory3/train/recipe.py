@@ -23,7 +23,7 @@ LAYERS = (0, 1, 2, 3)
 TOKENS_PER_HEAD = 32
 """Chosen by the curve of exact match over slots in docs/results.md."""
 VOCABULARY = 8192
-STEPS = 2100
+STEPS = 1720
 QUESTIONS_HEAVY = (("question", 0.6), ("cloze", 0.25), ("completion", 0.15))
 PHASES = (
     Phase(
@@ -45,38 +45,39 @@ PHASES = (
         contexts=3,
     ),
     Phase(
-        until=1350,
-        references=((1, 0.6), (2, 0.4)),
-        slots=((None, 0.85), (32, 0.15)),
-        tasks=(("question", 0.5), ("cloze", 0.45), ("completion", 0.05)),
-        reference_loss=0.1,
-        question_passages=0.85,
-        text_share=0.04,
-        batch=24,
-        contexts=4,
-        longest=(24, 56),
+        until=1200,
+        references=((1, 1.0),),
+        slots=((None, 1.0),),
+        tasks=(("question", 0.55), ("cloze", 0.4), ("completion", 0.05)),
+        reference_loss=0.05,
+        question_passages=0.9,
+        batch=28,
+        contexts=3,
+        longest=(10, 24),
     ),
     Phase(
-        until=1800,
-        references=((1, 0.4), (3, 0.4), (5, 0.2)),
-        slots=((None, 0.6), (64, 0.3), (32, 0.1)),
-        tasks=QUESTIONS_HEAVY,
-        reference_loss=0.05,
-        question_passages=0.85,
-        text_share=0.08,
-        batch=20,
+        until=1400,
+        references=((1, 0.6), (2, 0.4)),
+        slots=((None, 0.85), (32, 0.15)),
+        tasks=(("question", 0.6), ("cloze", 0.35), ("completion", 0.05)),
+        reference_loss=0.0,
+        question_passages=0.9,
+        text_share=0.04,
+        batch=24,
         contexts=3,
-        longest=(40, 128),
+        longest=(16, 64),
     ),
     Phase(
         until=STEPS,
-        references=((1, 0.1), (3, 0.3), (5, 0.6)),
-        slots=((None, 0.35), (64, 0.4), (32, 0.2), (16, 0.05)),
-        tasks=QUESTIONS_HEAVY,
-        reference_loss=0.05,
-        question_passages=0.85,
-        text_share=0.08,
-        contexts=3,
+        references=((1, 0.3), (3, 0.3), (5, 0.4)),
+        slots=((None, 0.5), (64, 0.4), (32, 0.1)),
+        tasks=(("question", 0.65), ("cloze", 0.3), ("completion", 0.05)),
+        reference_loss=0.0,
+        question_passages=0.9,
+        text_share=0.06,
+        batch=20,
+        contexts=2,
+        longest=(32, 128),
     ),
 )
 

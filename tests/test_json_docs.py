@@ -1,0 +1,142 @@
+"""docs/json.md says of every JSON document what is in it, and of nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
+
+from memory3.answering import answer
+from memory3.bank import Bank
+from memory3.cli import app
+from memory3.decoder import attach
+from memory3.recall import Recall
+from memory3.spec import MemorySpec, Reference
+from memory3.writing import write
+
+PAGE = Path(__file__).parent.parent / "docs" / "json.md"
+FACTS = ("The tower was completed in 1889.", "Salt melts at 801 degrees.", "A group of crows is a murder.")
+QUESTION = "When was the tower completed?"
+COMMANDS = ("write", "ask", "generate", "bank stats")
+TABLES: dict[str, dict[str, str]] = {
+    heading: dict(re.findall(r"^\| `([^`]+)` \| ([a-z ]+) \|", section, re.M))
+    for heading, section in re.findall(r"^## `([a-z ]+) --json`\n(.*?)(?=^## |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
+}
+NAMED_BY_CONTENT = {"memory.attention_mass": "LAYER"}
+"""Objects whose keys are data, and the word that the page has for them."""
+
+
+def kind(value: Any) -> str:
+    for name, types in (("integer", int), ("number", float), ("string", str), ("array", list), ("object", dict)):
+        if isinstance(value, types) and not isinstance(value, bool):
+            return name
+    return repr(value) if isinstance(value, bool) else "null"
+
+
+def items(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every key of a document with the type of its value, arrays of objects without their items themselves."""
+    if path and not (path.endswith("[]") and isinstance(value, dict)):
+        yield path, kind(value)
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from items(inner, f"{path}.{NAMED_BY_CONTENT.get(path, name)}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from items(inner, f"{path}[]")
+
+
+def objects(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object of a document, itself included, with its path."""
+    if isinstance(value, dict):
+        yield path, value
+        for name, inner in value.items():
+            yield from objects(inner, f"{path}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from objects(inner, f"{path}[]")
+
+
+def allowed(documented: str) -> set[str]:
+    """The types that a cell of the page allows; JSON may write any number without a fraction."""
+    names = set(documented.split(" or "))
+    return names | {"integer"} if "number" in names else names
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """Documents of each command, from Python and from the command line, memory on and off."""
+    folder = tmp_path_factory.mktemp("json")
+    bank, dense, model, notes = (folder / name for name in ("bank", "dense", "model", "notes"))
+    tiny_model("llama").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    notes.mkdir()
+    for n, fact in enumerate(FACTS):
+        (notes / f"{n}.txt").write_text(fact)
+    common = ["--model", str(model), "--json"]
+    asking = ["--bank", str(bank), "--max-tokens", "4", *common]
+    found: dict[str, list[Any]] = {command: [] for command in COMMANDS}
+
+    def run(command: str, *arguments: str) -> None:
+        done = CliRunner().invoke(app, [*command.split(), *arguments], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        found[command].append(json.loads(done.stdout.splitlines()[-1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMORY3_CACHE", str(folder / "cache"))
+        run("write", str(notes), "--bank", str(bank), *common)
+        run("write", str(notes), "--bank", str(bank), *common)
+        for more in ([], ["--text"], ["--no-memory"], ["--min-score", "1e9"]):
+            run("ask", QUESTION, *asking, *more)
+        for more in ([], ["--no-memory"], ["--min-score", "1e9"]):
+            run("generate", "The tower", *asking, *more)
+        run("bank stats", str(bank), "--json")
+    with attach(tiny_model("llama"), tiny_tokenizer(), MemorySpec(tokens_per_head=None)) as decoder:
+        opened = Bank(dense, decoder, create=True)
+        found["write"].append(asdict(write(decoder, [Reference(fact) for fact in FACTS], opened)))
+        found["ask"] += answer(decoder, [QUESTION, "Salt?", "zzzz"], Recall(opened), max_new_tokens=4)
+        found["ask"] += answer(decoder, [QUESTION], None, as_text=True, max_new_tokens=4)
+        found["bank stats"].append(opened.stats())
+    return found
+
+
+def test_the_page_has_one_table_per_command() -> None:
+    assert tuple(TABLES) == COMMANDS
+    rows = PAGE.read_text("utf-8").count("\n| `")
+    assert sum(map(len, TABLES.values())) == rows  # no row is listed twice or passed over
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_key_of_a_document_is_documented_with_its_type(documents: dict[str, list[Any]], command: str) -> None:
+    for document in documents[command]:
+        wrong = [(key, was) for key, was in items(document) if was not in allowed(TABLES[command].get(key, ""))]
+        assert wrong == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_object_has_all_of_its_documented_keys(documents: dict[str, list[Any]], command: str) -> None:
+    for document in documents[command]:
+        for path, value in objects(document):
+            if path not in NAMED_BY_CONTENT:
+                front = f"{path}." if path else ""
+                inside = {key.removeprefix(front) for key in TABLES[command] if key.startswith(front)}
+                assert {name for name in inside if not re.search(r"[.\[]", name)} == set(value), path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_documented_key_and_type_occurs(documents: dict[str, list[Any]], command: str) -> None:
+    """Also null where the page says so; a number without a fraction is as good as one with."""
+    seen = {pair for document in documents[command] for pair in items(document)}
+    stated = {(key, name) for key, cell in TABLES[command].items() for name in cell.split(" or ")}
+    assert {(key, name) for key, name in stated - seen if (key, "integer") not in seen or name != "number"} == set()
+
+
+def test_documents_survive_json(documents: dict[str, list[Any]]) -> None:
+    for document in (d for some in documents.values() for d in some):
+        assert json.loads(json.dumps(document, allow_nan=False)) == document

@@ -1,0 +1,84 @@
+"""The row list is the architecture: a file imports only from rows above its own."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import memory3
+
+PACKAGE = Path(memory3.__file__).parent
+ROWS = [
+    ["spec"],
+    ["attention", "rotation", "identity", "selection", "codec", "splitting", "catalogue"],
+    ["family", "manifest", "shards"],
+    ["decoder", "bank"],
+    ["writing", "retrieval", "loading", "sampling"],
+    ["recall"],
+    ["generation", "scoring"],
+    ["answering"],
+    ["train.tokenizer", "train.loop", "train.initialise"],
+    ["train.reading", "train.sequences", "evaluate.reading"],
+    ["train.recipe", "evaluate.picture"],
+    ["train.stages", "evaluate.demo"],
+    ["cli"],
+]
+SAME_ROW = {("catalogue", "shards"), ("evaluate.reading", "evaluate.picture"), ("evaluate.picture", "evaluate.reading")}
+"""Imports that no row explains: a type or a function-local import, each named here."""
+RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
+
+
+def modules() -> dict[str, Path]:
+    found = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+    return {name: path for name, path in found.items() if not name.endswith("__init__")}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("memory3."):
+            names.add(node.module.removeprefix("memory3."))
+    return names
+
+
+def test_every_module_has_its_row_and_imports_only_from_rows_above() -> None:
+    found = modules()
+    assert set(found) == set(RANK)
+    wrong = [
+        (name, other)
+        for name, path in found.items()
+        for other in imported(path)
+        if RANK[other] >= RANK[name] and (name, other) not in SAME_ROW
+    ]
+    assert wrong == []
+
+
+def test_no_module_bears_the_name_of_a_public_function() -> None:
+    assert not {name.rpartition(".")[2] for name in modules()} & set(memory3.__all__)
+
+
+def test_no_file_swallows_everything() -> None:
+    assert {n: c for n, p in modules().items() if (c := len(p.read_text().splitlines())) > 450} == {}
+
+
+def test_nothing_is_unpickled_or_executed() -> None:
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not {a.name for a in node.names} & {"pickle", "marshal", "shelve", "dill"}
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "torch.load", "torch.save", "compile"), path
+
+
+def test_the_command_line_starts_without_the_heavy_libraries() -> None:
+    code = "import sys, memory3.cli; print(sorted({'torch', 'transformers', 'lancedb', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_everything_public_can_be_imported() -> None:
+    for name in memory3.__all__:
+        assert getattr(memory3, name) is not None
