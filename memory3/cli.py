@@ -239,7 +239,7 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="Folder of checkpoints and of the finished model.")],
     model: Model = None,
-    bank: Annotated[Path | None, typer.Option(help="continual: JSONL, text or folder whose references are recalled.")] = None,
+    bank: Annotated[Path | None, typer.Option(help="continual: bank whose references the chunks recall.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="warmup, continual: steps in all.")] = 1000,
     rate: Annotated[float, typer.Option(help="warmup, continual: peak learning rate.")] = 3e-4,
     length: Annotated[int, typer.Option(min=64, help="warmup, continual: tokens of a sequence.")] = 2048,

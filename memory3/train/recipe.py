@@ -13,7 +13,7 @@ import torch
 
 from memory3.decoder import Decoder, attach
 from memory3.spec import MemorySpec
-from memory3.train.initialise import induction_prior
+from memory3.train.initialise import induction_prior, widen_copying
 from memory3.train.loop import Schedule, Settings, TrainError, run
 from memory3.train.reading import Passage, Phase, ReadingObjective
 from memory3.train.tokenizer import trained_tokenizer
@@ -22,8 +22,12 @@ LAYERS = (0, 1, 2, 3)
 """Memory layers, fixed from the first step: the reading heads settle where memory is (design section 4)."""
 TOKENS_PER_HEAD = 32
 """Chosen by the curve of exact match over slots in docs/results.md."""
+REFERENCE_LENGTH = 64
+"""Half of the paper's: a model of this size does not find an answer among more tokens."""
 VOCABULARY = 8192
-STEPS = 1720
+STEPS = 2050
+WIDENED_AT = 1000
+"""Step at which four more heads may copy (`widen_copying`)."""
 QUESTIONS_HEAVY = (("question", 0.6), ("cloze", 0.25), ("completion", 0.15))
 PHASES = (
     Phase(
@@ -43,6 +47,18 @@ PHASES = (
         question_passages=0.7,
         text_share=0.08,
         contexts=3,
+    ),
+    Phase(
+        until=WIDENED_AT,
+        references=((1, 0.6), (2, 0.4)),
+        slots=((None, 0.85), (32, 0.15)),
+        tasks=(("question", 0.5), ("cloze", 0.45), ("completion", 0.05)),
+        reference_loss=0.1,
+        question_passages=0.85,
+        text_share=0.04,
+        batch=24,
+        contexts=4,
+        longest=(24, 56),
     ),
     Phase(
         until=1200,
@@ -70,14 +86,14 @@ PHASES = (
     Phase(
         until=STEPS,
         references=((1, 0.3), (3, 0.3), (5, 0.4)),
-        slots=((None, 0.5), (64, 0.4), (32, 0.1)),
+        slots=((None, 0.5), (32, 0.35), (16, 0.15)),
         tasks=(("question", 0.65), ("cloze", 0.3), ("completion", 0.05)),
         reference_loss=0.0,
         question_passages=0.9,
-        text_share=0.06,
-        batch=20,
-        contexts=2,
-        longest=(32, 128),
+        text_share=0.05,
+        batch=24,
+        contexts=3,
+        longest=(20, 64),
     ),
 )
 
@@ -139,7 +155,7 @@ def prepared(data: Path, folder: Path, seed: int = 0, plain: int = 60_000) -> tu
     model = fresh_model(tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it is about to be trained for memory
-        decoder = attach(model, tokenizer, MemorySpec(layers=LAYERS, tokens_per_head=None))
+        decoder = attach(model, tokenizer, MemorySpec(layers=LAYERS, tokens_per_head=None, reference_length=REFERENCE_LENGTH))
     return decoder, ReadingObjective(decoder, asked, rest, PHASES, seed)
 
 
@@ -154,12 +170,28 @@ def train_default(
 ) -> tuple[Decoder, int]:
     """One stage of at most `minutes`; called again it goes on from the checkpoint. Returns the decoder and steps done."""
     decoder, objective = prepared(data, folder, seed)
-    settings = Settings(folder, Schedule(1.5e-3, STEPS, warmup=50, decay=STEPS // 3), minutes=minutes)
+    settings = Settings(folder, Schedule(1.5e-3, STEPS, warmup=50, decay=400), minutes=minutes)
 
     def logged(line: dict[str, float]) -> None:
         with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
         report(line)
 
-    done = run(decoder, objective, settings, logged)
+    done = run(decoder, objective, replace(settings, stop_at=WIDENED_AT), logged)
+    if done >= WIDENED_AT:
+        _widen(folder / "checkpoint", decoder)
+        done = run(decoder, objective, settings, logged)
     return decoder.using(replace(decoder.spec, tokens_per_head=TOKENS_PER_HEAD)), done
+
+
+def _widen(checkpoint: Path, decoder: Decoder) -> None:
+    """Apply `widen_copying` to a checkpoint that stands at `WIDENED_AT`, once; a later one has it behind it."""
+    from safetensors.torch import load_file, save_file
+
+    state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+    if state["step"] != WIDENED_AT or state.get("widened"):
+        return
+    weights = load_file(checkpoint / "model.safetensors")
+    widen_copying(weights, decoder.model.config.num_attention_heads, decoder.head_dim)
+    save_file(weights, checkpoint / "model.safetensors")
+    (checkpoint / "state.json").write_text(json.dumps({**state, "widened": True}), "utf-8")

@@ -1,0 +1,100 @@
+"""Training resumes bit for bit, gradients reach references through memory, and chunks read what the paper says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model, tiny_tokenizer
+
+from memory3.attention import Reading
+from memory3.bank import Bank
+from memory3.decoder import attach
+from memory3.spec import MemorySpec, Reference
+from memory3.train.loop import Schedule, Settings, TrainError, run
+from memory3.train.sequences import Continual, Warmup, _table
+from memory3.writing import write
+
+SPEC = MemorySpec(tokens_per_head=4, chunk_length=16)
+TEXT = "The quick brown fox jumps over the lazy dog. " * 20
+
+
+def trained(folder: Path, stops: tuple[int | None, ...], **overrides: Any) -> dict[str, torch.Tensor]:
+    """Weights after six steps of plain language modelling, stopped and started as told."""
+    for stop in stops:
+        with attach(tiny_model("llama", **overrides), tiny_tokenizer(), SPEC) as decoder:
+            objective = Warmup(decoder, [TEXT], length=32, batch=2, seed=0)
+            settings = Settings(folder, Schedule(1e-2, 6, warmup=2, decay=2), save_every=100, stop_at=stop, precision="no")
+            run(decoder, objective, settings)
+            weights = {name: p.detach().clone() for name, p in decoder.model.named_parameters()}
+    return weights
+
+
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
+    whole, broken = trained(tmp_path / "a", (None,)), trained(tmp_path / "b", (3, None))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    start = dict(tiny_model("llama").named_parameters())
+    assert any(not torch.equal(whole[name], start[name]) for name in whole)
+
+
+def test_a_checkpoint_holds_safetensors_and_json_only_and_another_models_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path, (2,))
+    assert {p.suffix for p in (tmp_path / "checkpoint").iterdir()} == {".safetensors", ".json"}
+    with pytest.raises(TrainError, match="checkpoint of another model"):
+        trained(tmp_path, (None,), intermediate_size=80)
+
+
+def test_the_schedule_warms_up_stays_and_decays() -> None:
+    schedule = Schedule(1.0, 100, warmup=10, decay=20)
+    rates = [schedule.rate(step) for step in range(100)]
+    assert rates[0] == 0.1
+    assert rates[9:80] == [1.0] * 71
+    assert rates[80:] == sorted(rates[80:], reverse=True)
+    assert 0.05 <= rates[-1] < 0.4
+
+
+def test_gradient_reaches_a_reference_through_its_memory() -> None:
+    with attach(tiny_model("llama"), tiny_tokenizer(), SPEC) as decoder:
+        stack = decoder.stack([decoder.tokens("a reference")])
+        stack.keys.retain_grad()
+        layout = decoder.layout([decoder.context("what?")])
+        reading = Reading(stack, torch.zeros(1, 1, 1, dtype=torch.long), layout.chunks, decoder.spec)
+        decoder.forward(layout, reading).logits.square().sum().backward()
+        assert stack.keys.grad is not None
+        assert float(stack.keys.grad.abs().sum()) > 0
+        decoder.model.zero_grad()
+
+
+def test_a_chunk_reads_its_reference_and_those_of_the_four_before() -> None:
+    [rows] = _table([[0, 1, -1, 2, 3, 4, 1]]).tolist()
+    assert [sorted(n for n in row if n >= 0) for row in rows] == [
+        [0],
+        [0, 1],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [1, 2, 3, 4],
+        [1, 2, 3, 4],
+    ]
+
+
+def test_continual_training_reads_the_banks_references_and_lowers_its_loss(tmp_path: Path) -> None:
+    with attach(tiny_model("llama"), tiny_tokenizer(), SPEC) as decoder:
+        bank = Bank(tmp_path / "bank", decoder, create=True)
+        write(decoder, [Reference("A fox is a small wild dog."), Reference("Dogs are lazy in the sun.")], bank)
+        objective = Continual(decoder, [TEXT], Bank(tmp_path / "bank"), length=64, batch=1, seed=0)
+        losses: list[dict[str, float]] = []
+        settings = Settings(tmp_path / "run", Schedule(1e-2, 6, warmup=1), log_every=1, save_every=100, precision="no")
+        run(decoder, objective, settings, losses.append)
+    assert losses[0]["chunks_with_reference"] > 0
+    assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+def test_too_little_text_is_refused() -> None:
+    with (
+        attach(tiny_model("llama"), tiny_tokenizer(), SPEC) as decoder,
+        pytest.raises(TrainError, match="expected at least 2048"),
+    ):
+        Warmup(decoder, ["short"], length=2048, batch=1, seed=0)
