@@ -25,7 +25,7 @@ TOKENS_PER_HEAD = 32
 REFERENCE_LENGTH = 64
 """Half of the paper's: a model of this size does not find an answer among more tokens."""
 VOCABULARY = 8192
-STEPS = 2050
+STEPS = 1980
 WIDENED_AT = 1000
 """Step at which four more heads may copy (`widen_copying`)."""
 QUESTIONS_HEAVY = (("question", 0.6), ("cloze", 0.25), ("completion", 0.15))
@@ -85,15 +85,15 @@ PHASES = (
     ),
     Phase(
         until=STEPS,
-        references=((1, 0.3), (3, 0.3), (5, 0.4)),
-        slots=((None, 0.5), (32, 0.35), (16, 0.15)),
+        references=((1, 0.75), (3, 0.1), (5, 0.15)),
+        slots=((None, 0.65), (32, 0.35)),
         tasks=(("question", 0.65), ("cloze", 0.3), ("completion", 0.05)),
         reference_loss=0.0,
         question_passages=0.9,
-        text_share=0.05,
+        text_share=0.03,
         batch=24,
         contexts=3,
-        longest=(20, 64),
+        longest=(16, 64),
     ),
 )
 
@@ -170,7 +170,7 @@ def train_default(
 ) -> tuple[Decoder, int]:
     """One stage of at most `minutes`; called again it goes on from the checkpoint. Returns the decoder and steps done."""
     decoder, objective = prepared(data, folder, seed)
-    settings = Settings(folder, Schedule(1.5e-3, STEPS, warmup=50, decay=400), minutes=minutes)
+    settings = Settings(folder, Schedule(1.5e-3, STEPS, warmup=50, decay=300), minutes=minutes)
 
     def logged(line: dict[str, float]) -> None:
         with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
