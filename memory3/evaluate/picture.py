@@ -33,7 +33,7 @@ def _pyplot() -> Any:
 def draw_reading(decoder: Decoder, question: str, completion: Completion, path: Path) -> None:
     """Draw, for the most cited reference of an answer, the tokens that each memory head kept and what it attended to.
 
-    A row is a memory head, a column a token of the reference; white was not kept, the darker the more attention the
+    A row is a memory head, a column a token of the reference; grey was not kept, the darker the more attention the
     answer's tokens paid (mean over the answer, sum over the query heads of the kv head).
     """
     assert completion.effect is not None and completion.effect.citations, "an answer with citations"
@@ -62,13 +62,13 @@ def draw_reading(decoder: Decoder, question: str, completion: Completion, path: 
 def _heat(paid: torch.Tensor, words: Sequence[str], labels: Sequence[str], title: str, path: Path) -> None:
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(max(9.0, 0.24 * len(words)), 1.6 + 0.26 * len(labels)), constrained_layout=True)
-    colours = pyplot.get_cmap("viridis_r").copy()
-    colours.set_bad("white")
+    colours = pyplot.get_cmap("Blues").copy()
+    colours.set_bad("#d9d9d9")
     top = max(1e-6, float(torch.nan_to_num(paid).max()))
     image = axes.imshow(paid.numpy(), aspect="auto", cmap=colours, vmin=0, vmax=top)
     axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set_title(f"{title}\nwhite: not kept; darker: more attention paid by the answer", fontsize=10)
+    axes.set_title(f"{title}\ngrey: not kept; darker: more attention paid by the answer", fontsize=10)
     figure.colorbar(image, ax=axes, label="weight in the joint softmax", pad=0.01)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -19,7 +19,7 @@ from memory3.splitting import split
 
 OTHERS = 4
 """Wrong references beside the gold one."""
-BATCH = 16
+BATCH = 32
 SLOTS = (8, 16, 32, 64, None)
 
 
@@ -161,6 +161,8 @@ def formats(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], 
         score_of(f"sparse memory, {decoder.spec.tokens_per_head} tokens per head", decoder, cases, _mixed, tell=tell),
         score_of("wrong memory (the four others)", decoder, cases, lambda c: c.others, tell=tell),
         score_of("sparse memory, gold alone", decoder, cases, lambda c: [c.gold], tell=tell),
+        score_of("wrong memory, one other alone", decoder, cases, lambda c: c.others[:1], tell=tell),
+        score_of("dense memory, gold alone", dense, cases, lambda c: [c.gold], tell=tell),
         score_of("dense memory, all tokens, memory layers", dense, cases, _mixed, tell=tell),
         score_of("dense memory, all tokens, all layers", everywhere, cases, _mixed, tell=tell),
         score_of("text in the prompt, gold and four others", decoder, cases, _mixed, as_text=True, tell=tell),
@@ -171,11 +173,11 @@ def formats(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], 
 def curve(
     decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], None] | None = None
 ) -> list[tuple[int | None, Score]]:
-    """Exact match against kept tokens per head."""
+    """Exact match against kept tokens per head, with the gold reference alone in memory."""
     points = []
     for slots in SLOTS:
         view = decoder.using(replace(decoder.spec, tokens_per_head=slots))
-        points.append((slots, score_of(f"{slots or 'all'} tokens per head", view, cases, _mixed, tell=tell)))
+        points.append((slots, score_of(f"{slots or 'all'} tokens per head", view, cases, lambda c: [c.gold], tell=tell)))
     return points
 
 
@@ -184,7 +186,8 @@ def selections(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int
     from memory3.selection import SELECTIONS
 
     return [
-        score_of(name, decoder.using(replace(decoder.spec, selection=name)), cases, _mixed, tell=tell) for name in SELECTIONS
+        score_of(name, decoder.using(replace(decoder.spec, selection=name)), cases, lambda c: [c.gold], tell=tell)
+        for name in SELECTIONS
     ]
 
 
