@@ -20,7 +20,7 @@ from memory3.splitting import split
 OTHERS = 4
 """Wrong references beside the gold one."""
 BATCH = 32
-SLOTS = (8, 16, 32, 64, None)
+SLOTS = (8, 16, 32, 48, None)
 
 
 @dataclass(frozen=True)
