@@ -13,7 +13,10 @@ from memory3.attention import merge
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10_000), st.floats(0.1, 30))
 def test_two_merged_softmaxes_are_one_over_the_concatenation(first: int, second: int, seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
-    logits, values = torch.randn(3, first + second, generator=generator) * scale, torch.randn(first + second, 4, generator=generator)
+    logits, values = (
+        torch.randn(3, first + second, generator=generator) * scale,
+        torch.randn(first + second, 4, generator=generator),
+    )
     whole = logits.softmax(-1) @ values
     parts = [(logits[:, :first], values[:first]), (logits[:, first:], values[first:])]
     (a, a_lse), (b, b_lse) = ((part.softmax(-1) @ v, part.logsumexp(-1)) for part, v in parts)

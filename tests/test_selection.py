@@ -44,7 +44,9 @@ def test_received_attention_is_the_plain_sum_over_all_queries() -> None:
     for head in range(2):
         for group in range(3):
             for i in range(9):
-                logits = torch.tensor([float(whole.queries[0, head, group, i] @ whole.keys[0, head, j]) * 0.5 for j in range(9)])
+                logits = torch.tensor(
+                    [float(whole.queries[0, head, group, i] @ whole.keys[0, head, j]) * 0.5 for j in range(9)]
+                )
                 expected[head] += logits.softmax(-1)
     assert torch.allclose(SELECTIONS["received_attention"]().score(whole)[0], expected, atol=1e-5)
 
@@ -52,7 +54,9 @@ def test_received_attention_is_the_plain_sum_over_all_queries() -> None:
 def test_the_unnormalised_variant_is_the_logarithm_of_the_plain_sum_of_exponentials() -> None:
     whole = of_one(states(), 1)
     logits = torch.einsum("hgid,hjd->hgij", whole.queries[0], whole.keys[0]) * 0.5
-    assert torch.allclose(SELECTIONS["received_attention_unnormalised"]().score(whole)[0], logits.exp().sum((1, 2)).log(), atol=1e-5)
+    assert torch.allclose(
+        SELECTIONS["received_attention_unnormalised"]().score(whole)[0], logits.exp().sum((1, 2)).log(), atol=1e-5
+    )
 
 
 def test_first_and_last_and_the_smallest_keys() -> None:
