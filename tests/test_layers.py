@@ -12,8 +12,8 @@ import memory3
 PACKAGE = Path(memory3.__file__).parent
 ROWS = [
     ["spec"],
-    ["attention", "rotation", "identity", "selection", "codec", "splitting", "catalogue"],
-    ["family", "manifest", "shards"],
+    ["attention", "rotation", "identity", "selection", "codec", "splitting", "shards"],
+    ["family", "catalogue", "manifest"],
     ["decoder", "bank"],
     ["writing", "retrieval", "loading", "sampling"],
     ["recall"],
@@ -25,7 +25,7 @@ ROWS = [
     ["train.stages", "evaluate.demo"],
     ["cli"],
 ]
-SAME_ROW = {("catalogue", "shards"), ("evaluate.reading", "evaluate.picture"), ("evaluate.picture", "evaluate.reading")}
+SAME_ROW = {("evaluate.reading", "evaluate.picture"), ("evaluate.picture", "evaluate.reading")}
 """Imports that no row explains: a type or a function-local import, each named here."""
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 
