@@ -144,9 +144,11 @@ def _ask_one(
     if recall is not None and recall.min_score is not None and not recall([question])[0].hits:
         print(NOTHING)
         return document(question, None, Recalled(question))
-    completion = None
+    completion, started = None, False
     for token in generate(decoder, question_prompt(decoder, question), recall=recall, effect=recall is not None, **options):
-        print(token.text if completion is not None or token.id is None else token.text.replace("\n", " "), end="", flush=True)
+        shown = token.text if started else token.text.lstrip()
+        started = started or bool(shown)
+        print(shown, end="", flush=True)
         completion = token.completion
     print()
     made = document(question, completion, Recalled(question))
