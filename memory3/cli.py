@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Explicit memory for language models."
 )
+INCOMPLETE = 3
+"""Exit code of a write that left documents out."""
+
 bank_app = typer.Typer(no_args_is_help=True, help="Look at a bank.")
 app.add_typer(bank_app, name="bank")
 
@@ -56,32 +59,39 @@ def _warned(
 
 @app.command()
 def write(
-    sources: Annotated[list[str], typer.Argument(help="Files or folders (.txt, .md, .jsonl); - is stdin.")],
+    sources: Annotated[list[str], typer.Argument(help="Files or folders; - is text on stdin.")],
     bank: Annotated[Path, typer.Option(help="Folder of the bank; made where there is none.")],
     model: Model = None,
     tokens_per_head: TokensPerHead = None,
-    text_field: Annotated[str, typer.Option(help="Field of JSONL lines that holds the text.")] = "text",
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text, in JSONL, CSV and Parquet.")] = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="References of one forward pass.")] = 64,
     as_json: Json = False,
 ) -> None:
-    """Encode documents into memories and store them in a bank."""
+    """Encode documents into memories and store them in a bank; exit code 3 where some could not be read."""
     from dataclasses import asdict
 
     from memory3.bank import Bank
     from memory3.splitting import references
     from memory3.writing import write as write_references
 
+    unreadable: list[Memory3Error] = []
     with _decoder(model, tokens_per_head) as decoder, Bank(bank, decoder, create=True) as opened, _progress("writing") as tell:
         length = decoder.spec.reference_length
-        found = references(list(sources), decoder.tokenizer, length=length, text_field=text_field)
+        found = references(
+            list(sources), decoder.tokenizer, length=length, text_field=text_field, on_unreadable=unreadable.append
+        )
         report = write_references(decoder, found, opened, batch_size=batch_size, on_progress=tell)
+    for error in unreadable:
+        print(f"left out: {error}", file=sys.stderr)
     if as_json:
-        print(json.dumps(asdict(report)))
-        return
-    print(
-        f"{report.references} references written, {report.skipped} known already: {report.bytes:,} bytes, "
-        f"{report.bytes_per_reference:,} per reference, {report.seconds:.1f} s"
-    )
+        print(json.dumps({**asdict(report), "unreadable": [str(error) for error in unreadable]}, ensure_ascii=False))
+    else:
+        print(
+            f"{report.references} references written, {report.skipped} known already: {report.bytes:,} bytes, "
+            f"{report.bytes_per_reference:,} per reference, {report.seconds:.1f} s"
+        )
+    if unreadable:
+        raise typer.Exit(INCOMPLETE)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Files and texts -> references of at most 128 tokens; how much of a reference a text repeats (paper, Eq. 6).
+"""Documents -> references of at most 128 tokens; how much of a reference a text repeats (paper, Eq. 6).
 
 A text that fits is one reference. Else neighbouring paragraphs are joined while they fit, and references start anew at
 headings and at paragraphs that their own text picks, so that an edit changes few of them; a longer paragraph is cut at
@@ -7,31 +7,27 @@ sentences, then words.
 
 from __future__ import annotations
 
-import codecs
-import json
-import logging
 import os
 import re
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from memory3.documents import OnUnreadable, documents
 from memory3.spec import Reference, SourceError
-
-SUFFIXES = {".txt": "text", ".md": "Markdown", ".markdown": "Markdown", ".jsonl": "JSON lines"}
-"""What `references` reads, by suffix."""
 
 Span = tuple[int, int]
 
-_logger = logging.getLogger(__name__)
 _BLANK_LINES = re.compile(r"(?:\r\n|\r|\n)(?:[^\S\r\n]*(?:\r\n|\r|\n))+")
 _HEADING = re.compile(r"#{1,6}\s")
 _BREAKS = (re.compile(r"[.!?][\"')\]]*\s|[。！？]"), re.compile(r"\s"))
 _CHARACTERS_PER_TOKEN = 16
+_MOST_CHARACTERS_PER_TOKEN = 256
+"""A longer span is too long without being counted: tokenizers take memory many times the size of a text."""
+_COUNTED_TOGETHER = 256
 
 
 def references(
@@ -40,31 +36,35 @@ def references(
     *,
     length: int = 128,
     text_field: str = "text",
+    on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[Reference]:
     """References of documents, streamed in the order of the documents.
 
     Args:
         source: a file, a folder (read recursively, sorted by path, hidden names left out), `-` for plain text on stdin,
-            or several of these. Files are .txt, .md, .markdown, or .jsonl with one object per line.
+            or several of these; the kinds of files are those of `documents.KINDS`.
         tokenizer: the tokenizer of the model; a reference has at most `length` of its tokens.
         length: most tokens of a reference.
-        text_field: field of a JSON line that holds its text; such a text has the source `FILE:LINE`.
+        text_field: field or column that holds the text, in JSON lines, CSV and Parquet; such a text has the source
+            `FILE:LINE` or `FILE:ROW`.
+        on_unreadable: told of each document that cannot be read, which is then left out; by default it is an error.
 
     Raises:
-        SourceError: a source is missing, of an unknown kind, not UTF-8 (or UTF-16 with a byte order mark), or a JSON
-            line has no such text. Paths are looked at before the first reference is asked for, contents when it is.
+        SourceError: a source is missing, of an unknown kind or unreadable. Paths are looked at before the first
+            reference is asked for, contents when it is.
     """
-    found = documents(source, text_field=text_field)
-    return (r for name, text, markdown in found for r in split(text, tokenizer, name, length, markdown=markdown))
+    found = documents(source, text_field=text_field, on_unreadable=on_unreadable)
 
+    def streamed() -> Iterator[Reference]:
+        for document in found:
+            try:
+                yield from _pieces(document.text, tokenizer, document.name, length, document.markdown)
+            except SourceError as error:
+                if on_unreadable is None:
+                    raise
+                on_unreadable(error)
 
-def documents(
-    source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, text_field: str = "text"
-) -> Iterator[tuple[str, str, bool]]:
-    """Name, whole text and whether it is Markdown of each document; arguments and errors as for `references`."""
-    several = [source] if isinstance(source, str | os.PathLike) else list(source)
-    paths = [path for one in several for path in _files(one)]
-    return (document for path in paths for document in _documents(path, text_field))
+    return streamed()
 
 
 def split(text: str, tokenizer: Any, source: str = "", length: int = 128, *, markdown: bool = False) -> list[Reference]:
@@ -82,6 +82,10 @@ def split(text: str, tokenizer: Any, source: str = "", length: int = 128, *, mar
     Raises:
         SourceError: the text holds a lone surrogate, or one character has more than `length` tokens.
     """
+    return list(_pieces(text, tokenizer, source, length, markdown))
+
+
+def _pieces(text: str, tokenizer: Any, source: str, length: int, markdown: bool) -> Iterator[Reference]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -90,12 +94,21 @@ def split(text: str, tokenizer: Any, source: str = "", length: int = 128, *, mar
         ) from None
     start, end = _trimmed(text, 0, len(text))
     if start == end:
-        return []
-    counter = _Counter(tokenizer, text)
+        return
+    counter = _Counter(tokenizer, text, length)
     spans = [(start, end)] if counter.fits((start, end), length) else _groups(text, counter, length)
     cut = _Cutter(counter, length, markdown, source)
-    pieces = [piece for span in spans for piece in cut(span)]
-    return [Reference(text[a:b], source, a, b) for (a, b), n in zip(pieces, counter.many(pieces), strict=True) if n > 0]
+    for span in spans:
+        for some in _some(cut(span)):
+            for (a, b), count in zip(some, counter.many(some), strict=True):
+                if count > 0:
+                    yield Reference(text[a:b], source, a, b)
+
+
+def _some(spans: Iterable[Span]) -> Iterator[list[Span]]:
+    stream = iter(spans)
+    while some := list(islice(stream, _COUNTED_TOGETHER)):
+        yield some
 
 
 def overlap(text_tokens: Sequence[int], reference_tokens: Sequence[int]) -> float:
@@ -142,16 +155,19 @@ def _advance(rows: np.ndarray, matches: np.ndarray) -> None:
 
 
 class _Counter:
-    """Tokens of spans of one text, trimmed."""
+    """Tokens of spans of one text, trimmed; more than `length` stands for any larger number."""
 
-    def __init__(self, tokenizer: Any, text: str) -> None:
-        self.tokenizer, self.text = tokenizer, text
+    def __init__(self, tokenizer: Any, text: str, length: int) -> None:
+        self.tokenizer, self.text, self.length = tokenizer, text, length
 
     def many(self, spans: Sequence[Span]) -> list[int]:
-        if not spans:
-            return []
-        texts = [self.text[slice(*_trimmed(self.text, *span))] for span in spans]
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        return [count for some in _some(spans) for count in self._count(some)]
+
+    def _count(self, spans: Sequence[Span]) -> list[int]:
+        most = _MOST_CHARACTERS_PER_TOKEN * self.length
+        texts = [self.text[slice(*_trimmed(self.text, *span))] if span[1] - span[0] <= most else "" for span in spans]
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [len(ids) if b - a <= most else b - a for ids, (a, b) in zip(found, spans, strict=True)]
 
     def fits(self, span: Span, length: int) -> bool:
         return self.many([span])[0] <= length
@@ -280,98 +296,3 @@ def _solid(text: str, start: int, end: int) -> Iterator[Span]:
     span = _trimmed(text, start, end)
     if span[0] < span[1]:
         yield span
-
-
-def _files(source: str | os.PathLike[str]) -> list[Path | None]:
-    """The files of one source; `None` is stdin."""
-    if source == "-":
-        return [None]
-    path = Path(source)
-    if path.is_dir():
-        return list(_walk(path))
-    if not path.exists():
-        raise SourceError(
-            f"no file or folder at {_printable(path)}, expected a document: give a path that exists, or - for stdin"
-        )
-    if path.suffix.lower() not in SUFFIXES:
-        raise SourceError(f"{_printable(path)} is of an unknown kind, expected one of {_supported()}: convert it first")
-    return [path]
-
-
-def _walk(folder: Path) -> list[Path]:
-    found = sorted(
-        Path(root, name)
-        for root, folders, names in os.walk(folder, onerror=_unreadable)
-        for name in names
-        if not name.startswith(".") and not any(part.startswith(".") for part in Path(root).relative_to(folder).parts)
-    )
-    known = [path for path in found if path.suffix.lower() in SUFFIXES]
-    if not known:
-        raise SourceError(f"{_printable(folder)} holds no document, expected files of {_supported()}: give another folder")
-    if len(known) < len(found):
-        _logger.warning(
-            "%d files of other kinds in %s are left out; read are %s", len(found) - len(known), folder, _supported()
-        )
-    return known
-
-
-def _unreadable(error: OSError) -> None:
-    raise SourceError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from error
-
-
-def _documents(path: Path | None, text_field: str) -> Iterator[tuple[str, str, bool]]:
-    """(name, text, whether it is Markdown) of the documents of one file."""
-    if path is None:
-        yield "stdin", _decoded(sys.stdin.buffer.read(), "stdin"), False
-        return
-    name, kind = _printable(path), SUFFIXES[path.suffix.lower()]
-    try:
-        if kind == "JSON lines":
-            with path.open("rb") as lines:
-                yield from ((where, text, False) for where, text in _json_texts(lines, name, text_field))
-        else:
-            yield name, _decoded(path.read_bytes(), name), kind == "Markdown"
-    except OSError as error:
-        _unreadable(error)
-
-
-def _json_texts(lines: Iterable[bytes], name: str, text_field: str) -> Iterator[tuple[str, str]]:
-    offset = 0
-    for number, line in enumerate(lines, 1):
-        where, text = f"{name}:{number}", _decoded(line, name, offset)
-        offset += len(line)
-        if text.strip():
-            yield where, _json_text(text, where, text_field)
-
-
-def _json_text(line: str, where: str, text_field: str) -> str:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where} is no JSON ({error}), expected one object per line: correct or remove the line") from None
-    text = fields.get(text_field) if isinstance(fields, dict) else None
-    if not isinstance(text, str):
-        found = f"{text_field!r} of type {type(text).__name__}" if isinstance(fields, dict) and text_field in fields else "none"
-        raise SourceError(
-            f"{where} has no text: found {found}, expected a field {text_field!r} with a text: name another field"
-        )
-    return text
-
-
-def _decoded(data: bytes, name: str, offset: int = 0) -> str:
-    """UTF-8, or UTF-16 where a byte order mark says so; the mark is dropped."""
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return data.decode("utf-16" if wide else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{name} is not {'UTF-16' if wide else 'UTF-8'} at byte {offset + error.start} ({error.reason}): save it as UTF-8"
-        ) from None
-
-
-def _printable(path: Path) -> str:
-    return os.fsencode(path).decode("utf-8", "replace")
-
-
-def _supported() -> str:
-    return ", ".join(SUFFIXES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 
 from memory3.answering import answer
 from memory3.bank import Bank
-from memory3.cli import app
+from memory3.cli import INCOMPLETE, app
 from memory3.decoder import attach
 from memory3.recall import Recall
 from memory3.spec import MemorySpec, Reference
@@ -83,15 +82,16 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     asking = ["--bank", str(bank), "--max-tokens", "4", *common]
     found: dict[str, list[Any]] = {command: [] for command in COMMANDS}
 
-    def run(command: str, *arguments: str) -> None:
+    def run(command: str, *arguments: str, code: int = 0) -> None:
         done = CliRunner().invoke(app, [*command.split(), *arguments], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
+        assert done.exit_code == code, done.output
         found[command].append(json.loads(done.stdout.splitlines()[-1]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMORY3_CACHE", str(folder / "cache"))
         run("write", str(notes), "--bank", str(bank), *common)
-        run("write", str(notes), "--bank", str(bank), *common)
+        (notes / "bad.jsonl").write_text("no JSON")
+        run("write", str(notes), "--bank", str(bank), *common, code=INCOMPLETE)
         for more in ([], ["--text"], ["--no-memory"], ["--min-score", "1e9"]):
             run("ask", QUESTION, *asking, *more)
         for more in ([], ["--no-memory"], ["--min-score", "1e9"]):
@@ -99,7 +99,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("bank stats", str(bank), "--json")
     with attach(tiny_model("llama"), tiny_tokenizer(), MemorySpec(tokens_per_head=None)) as decoder:
         opened = Bank(dense, decoder, create=True)
-        found["write"].append(asdict(write(decoder, [Reference(fact) for fact in FACTS], opened)))
+        write(decoder, [Reference(fact) for fact in FACTS], opened)
         found["ask"] += answer(decoder, [QUESTION, "Salt?", "zzzz"], Recall(opened), max_new_tokens=4)
         found["ask"] += answer(decoder, [QUESTION], None, as_text=True, max_new_tokens=4)
         found["bank stats"].append(opened.stats())

@@ -12,8 +12,8 @@ import memory3
 PACKAGE = Path(memory3.__file__).parent
 ROWS = [
     ["spec"],
-    ["attention", "rotation", "identity", "selection", "codec", "splitting", "shards"],
-    ["family", "catalogue", "manifest"],
+    ["attention", "rotation", "identity", "selection", "codec", "documents", "shards"],
+    ["family", "catalogue", "manifest", "splitting"],
     ["decoder", "bank"],
     ["writing", "retrieval", "loading", "sampling"],
     ["recall"],

@@ -1,10 +1,6 @@
 """Splitting loses nothing, stays within the length and starts anew at paragraphs; overlap is what Eq. 6 says."""
 
-import io
-import json
-import logging
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -104,74 +100,6 @@ def test_a_character_that_cannot_fit_and_a_lone_surrogate_are_refused() -> None:
         split("日", tokenizer(), length=1)
     with pytest.raises(SourceError, match="lone surrogate at character 1"):
         split("a\ud800", tokenizer())
-
-
-def test_files_folders_and_stdin_are_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "b").mkdir()
-    (tmp_path / ".git").mkdir()
-    for name, data in {
-        "b/two.TXT": "zwei".encode("utf-8-sig"),
-        "a.md": b"# eins",
-        "b/three.jsonl": b'{"text": "drei"}\r\n\n{"text": "vier \\ud83d\\ude00"}',
-        "wide.txt": "fünf".encode("utf-16"),
-        ".git/no.txt": b"no",
-        "empty.txt": b"",
-    }.items():
-        (tmp_path / name).write_bytes(data)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("null é".encode())))
-    found = [(r.text, r.source.removeprefix(f"{tmp_path}/"), r.start) for r in read("-", tmp_path)]
-    assert found == [
-        ("null é", "stdin", 0),
-        ("# eins", "a.md", 0),
-        ("drei", "b/three.jsonl:1", 0),
-        ("vier 😀", "b/three.jsonl:3", 0),
-        ("zwei", "b/two.TXT", 0),
-        ("fünf", "wide.txt", 0),
-    ]
-
-
-def test_one_path_is_as_good_as_a_list_of_one(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one")
-    assert list(references(tmp_path / "a.txt", tokenizer())) == list(references([str(tmp_path)], tokenizer()))
-
-
-def test_other_kinds_in_a_folder_are_counted_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("a.txt", "b.bin", "c"):
-        (tmp_path / name).write_text("text")
-    with caplog.at_level(logging.WARNING):
-        assert len(read(tmp_path)) == 1
-    assert "2 files of other kinds" in caplog.text
-
-
-def test_another_text_field_can_be_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "one"}))
-    assert [r.text for r in read(tmp_path / "a.jsonl", text_field="body")] == ["one"]
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "reason"),
-    [
-        ("a.pdf", b"%PDF", r"unknown kind, expected one of \.txt"),
-        ("a.txt", b"good \xff", "a.txt is not UTF-8 at byte 5"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \xff', "a.jsonl is not UTF-8 at byte 23"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "a.jsonl:2 has no text: found 'text' of type int"),
-        ("a.jsonl", b'{"body": "a"}', "a.jsonl:1 has no text: found none, expected a field 'text'"),
-        ("a.jsonl", b"[1]", "a.jsonl:1 has no text"),
-        ("a.jsonl", b"\n{", "a.jsonl:2 is no JSON"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is no JSON"),
-        ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1 has a lone surrogate"),
-    ],
-)
-def test_an_unreadable_document_is_named_with_the_reason(tmp_path: Path, name: str, data: bytes, reason: str) -> None:
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(SourceError, match=reason):
-        read(tmp_path / name)
-
-
-def test_a_missing_path_and_a_folder_without_documents_are_refused_at_once(tmp_path: Path) -> None:
-    for path, reason in ((tmp_path / "none", "no file or folder"), (tmp_path, "holds no document")):
-        with pytest.raises(SourceError, match=reason):
-            references(path, tokenizer())
 
 
 def slow_lcs(a: list[int], b: list[int]) -> int:

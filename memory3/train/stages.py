@@ -9,9 +9,9 @@ from pathlib import Path
 
 from memory3.bank import Bank
 from memory3.decoder import SPEC_FILE, Decoder
+from memory3.documents import documents
 from memory3.loading import load
 from memory3.spec import MemorySpec
-from memory3.splitting import documents
 from memory3.train.loop import Objective, Schedule, Settings, TrainError, run
 from memory3.train.recipe import STEPS, train_default
 from memory3.train.sequences import Continual, Warmup, shuffled
@@ -58,7 +58,7 @@ def run_stage(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it is about to be trained for memory
         decoder = load(model, MemorySpec() if model else None)
-    texts = shuffled([text for _, text, _ in documents(data)], seed)
+    texts = shuffled([document.text for document in documents(data)], seed)
     objective: Objective
     if stage == "warmup":
         objective = Warmup(decoder, texts, length, batch, seed)
