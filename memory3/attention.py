@@ -137,15 +137,19 @@ class Trace:
     """What the queries of one forward pass paid to their memories: weights of the joint softmax.
 
     `references[layer]` is `(B, Q, R)`, the mean over the layer's memory query heads; with `tokens_too`,
-    `tokens[layer]` is `(B, Q, heads, R, K)` for those heads.
+    `tokens[layer]` is `(B, Q, heads, R, K)` for those heads; with `gradient` they are part of the graph. `layers` names
+    the layers to watch, by default all memory layers.
     """
 
     tokens_too: bool = False
+    gradient: bool = False
+    layers: tuple[int, ...] | None = None
     references: dict[int, Tensor] = field(default_factory=dict)
     tokens: dict[int, Tensor] = field(default_factory=dict)
 
     def note(self, layer: int, weights: Tensor) -> None:
         """Take the weights `(B, Q, heads, R, K)` of one layer."""
+        weights = weights if self.gradient else weights.detach()
         self.references[layer] = weights.sum(-1).mean(2)
         if self.tokens_too:
             self.tokens[layer] = weights
@@ -210,7 +214,7 @@ class Reading:
         context, context_lse = _over_context(states, score, options.get("s_aux"))
         memory, memory_lse, weights = self._over_memories(layer, states, score)
         output, share = merge(context, context_lse, memory, memory_lse)
-        if self.trace is not None:
+        if self.trace is not None and (self.trace.layers is None or layer in self.trace.layers):
             self._note(layer, weights, share)
         return output.transpose(1, 2).contiguous(), None
 
@@ -229,9 +233,7 @@ class Reading:
         slot = torch.arange(self.stack.keys.shape[2], device=query.device)
         valid = (groups.present[..., None] & (slot < self.stack.counts[groups.memory][..., None])).flatten(1)  # (M, R * K)
         logits = score.logits(query, keys.to(query.dtype)[:, :, None])
-        logits = logits.masked_fill(~valid[:, None, None, None, :], float("-inf"))
-        lse = torch.logsumexp(logits, -1)
-        weights = torch.exp(logits - lse[..., None])
+        weights, lse = _softmax(logits.masked_fill_(~valid[:, None, None, None, :], float("-inf")))
         output = score.mixed(weights, values.to(query.dtype)[:, :, None])
         target = groups.sequence[:, None].expand_as(groups.real)[groups.real], groups.query[groups.real]
         spread = output.permute(0, 3, 1, 2, 4)[groups.real]  # (queries, H, G, D)
@@ -253,7 +255,7 @@ class Reading:
         at = groups.sequence[:, None].expand_as(groups.real)[groups.real], groups.query[groups.real]
         full = full.index_put(at, weights.flatten(1, 2).transpose(1, 2)[groups.real])
         joint = full * chosen.transpose(1, 2)[..., None]
-        self.trace.note(layer, joint.unflatten(-1, (references, -1)).detach())
+        self.trace.note(layer, joint.unflatten(-1, (references, -1)))
 
 
 @dataclass(frozen=True)
@@ -271,8 +273,12 @@ class _Scoring:
         return cls(default if scaling is None else scaling, options.get("softcap"), float(options.get("dropout") or 0.0))
 
     def logits(self, query: Tensor, key: Tensor) -> Tensor:
-        """Scaled and capped `query @ key.T`, float32."""
-        logits = torch.matmul(query, key.transpose(-1, -2)).float() * self.scaling
+        """Scaled and capped `query @ key.T`, a fresh tensor of float32 or more.
+
+        The query is scaled, not the product: that is less work, and half precision does not overflow on the way.
+        """
+        product = torch.matmul(query * self.scaling, key.transpose(-1, -2))
+        logits = product.to(torch.promote_types(product.dtype, torch.float32))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def mixed(self, weights: Tensor, value: Tensor) -> Tensor:
@@ -284,26 +290,50 @@ def _over_context(states: States, score: _Scoring, sinks: Tensor | None) -> tupl
     """The causal attention, as the masks of transformers define it: output `(B, H * G, Q, D)` and log-sum-exp."""
     query = states.query.unflatten(1, (states.key.shape[1], -1))  # (B, H, G, Q, D)
     logits = score.logits(query, states.key[:, :, None]).flatten(1, 2)  # (B, H * G, Q, keys)
-    logits = _masked(logits, states.mask)
-    lse = torch.logsumexp(logits, -1)
+    weights, lse = _softmax(_masked(logits, states.mask))
     if sinks is not None:  # a logit per query head that takes weight and gives nothing: counted here, and only here
-        lse = torch.logaddexp(lse, sinks.float()[None, :, None].expand_as(lse))
-    weights = torch.exp(logits - lse[..., None]).unflatten(1, query.shape[1:3])
-    return score.mixed(weights, states.value[:, :, None]).flatten(1, 2), lse
+        total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None].expand_as(lse))
+        weights, lse = weights * torch.exp(lse - total)[..., None], total
+    return score.mixed(weights.unflatten(1, query.shape[1:3]), states.value[:, :, None]).flatten(1, 2), lse
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax over the last axis together with its log-sum-exp, with one exponential and few passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+        top = logits.amax(-1, keepdim=True)
+        weights = (logits - top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        weights.div_(total)
+        ctx.save_for_backward(weights)
+        return weights, (top + total.log()).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        of_weights, of_lse = gradients
+        gradient: Tensor = of_weights * weights
+        return gradient.addcmul_(weights, of_lse[..., None] - gradient.sum(-1, keepdim=True))
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _Softmax.apply(logits)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Masked logits; no mask means plain causal, as transformers leaves it out where the kernel knows it."""
+    """Logits, masked in place; no mask means plain causal, as transformers leaves it out where the kernel knows it."""
     lowest = torch.finfo(logits.dtype).min
     if mask is None:
         queries, keys = logits.shape[-2:]
         if queries == 1:
             return logits
         later = torch.ones(queries, keys, dtype=torch.bool, device=logits.device).triu(1)
-        return logits.masked_fill(later, lowest)
+        return logits.masked_fill_(later, lowest)
     if mask.dtype == torch.bool:
-        return logits.masked_fill(~mask[..., : logits.shape[-1]], lowest)
-    return (logits + mask[..., : logits.shape[-1]].float()).clamp(min=lowest)
+        return logits.masked_fill_(~mask[..., : logits.shape[-1]], lowest)
+    return logits.add_(mask[..., : logits.shape[-1]]).clamp_(min=lowest)
 
 
 def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,5 +348,5 @@ def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) 
     """
     total = torch.logaddexp(first_lse, second_lse)
     share = torch.exp(second_lse - total)
-    joint = first.float() * torch.exp(first_lse - total)[..., None] + second.float() * share[..., None]
+    joint = first * torch.exp(first_lse - total)[..., None] + second * share[..., None]
     return joint.to(first.dtype), share

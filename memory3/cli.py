@@ -35,6 +35,8 @@ MinScore = Annotated[float | None, typer.Option(help="Recall nothing that scores
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most new tokens.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 Sample = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Sample at this temperature; default greedy.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU where there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default that of the model's files.")]
 TokensPerHead = Annotated[int | None, typer.Option(min=1, help="Overrule the model's kept tokens per head.")]
 
 
@@ -65,6 +67,8 @@ def write(
     tokens_per_head: TokensPerHead = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text, in JSONL, CSV and Parquet.")] = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="References of one forward pass.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Encode documents into memories and store them in a bank; exit code 3 where some could not be read."""
@@ -75,12 +79,11 @@ def write(
     from memory3.writing import write as write_references
 
     unreadable: list[Memory3Error] = []
-    with _decoder(model, tokens_per_head) as decoder, Bank(bank, decoder, create=True) as opened, _progress("writing") as tell:
-        length = decoder.spec.reference_length
-        found = references(
-            list(sources), decoder.tokenizer, length=length, text_field=text_field, on_unreadable=unreadable.append
-        )
-        report = write_references(decoder, found, opened, batch_size=batch_size, on_progress=tell)
+    with _decoder(model, tokens_per_head, device, dtype) as decoder:
+        # Sources first: a bank is not made for documents that are not there.
+        found = references(list(sources), decoder, text_field=text_field, on_unreadable=unreadable.append)
+        with Bank(bank, decoder, create=True) as opened, _progress("writing") as tell:
+            report = write_references(decoder, found, opened, batch_size=batch_size, on_progress=tell)
     for error in unreadable:
         print(f"left out: {error}", file=sys.stderr)
     if as_json:
@@ -109,6 +112,8 @@ def ask(
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     tokens_per_head: TokensPerHead = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Answer questions from memory, and say which references were read."""
@@ -117,7 +122,9 @@ def ask(
 
     if (question is None) == (questions is None):
         raise SourceError("found both or neither of a question and --questions, expected one of them")
-    with _decoder(model, tokens_per_head) as decoder:
+    if no_memory and text:
+        raise SourceError("found both --no-memory and --text, expected one of them: closed book, or the references as text")
+    with _decoder(model, tokens_per_head, device, dtype) as decoder:
         recall = None if no_memory else _recall(bank, decoder, min_score=min_score, count=count)
         options = {"config": _config(decoder, temperature), "max_new_tokens": max_tokens, "seed": seed}
         if question is not None:
@@ -141,9 +148,8 @@ def _ask_one(
     decoder: Decoder, question: str, recall: Recall | None, text: bool, as_json: bool, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Stream one answer, then its citations; or the document alone."""
-    from memory3.answering import NOTHING, answer, document, question_prompt
+    from memory3.answering import NOTHING, answer, document, question_prompt, searched
     from memory3.generation import generate
-    from memory3.recall import Recalled
 
     if as_json or text:
         [made] = answer(decoder, [question], recall, as_text=text, **options)
@@ -151,9 +157,10 @@ def _ask_one(
         if not as_json:
             _print_citations(made)
         return made
-    if recall is not None and recall.min_score is not None and not recall([question])[0].hits:
+    [found] = searched([question], recall, as_text=False)
+    if found is not None and not found.hits:
         print(NOTHING)
-        return document(question, None, Recalled(question))
+        return document(question, None, found)
     completion, started = None, False
     for token in generate(decoder, question_prompt(decoder, question), recall=recall, effect=recall is not None, **options):
         shown = token.text if started else token.text.lstrip()
@@ -161,7 +168,7 @@ def _ask_one(
         print(shown, end="", flush=True)
         completion = token.completion
     print()
-    made = document(question, completion, Recalled(question))
+    made = document(question, completion, found)
     _print_citations(made)
     return made
 
@@ -203,15 +210,16 @@ def generate(
     temperature: Sample = None,
     seed: Seed = 0,
     tokens_per_head: TokensPerHead = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text, recalling every 64 tokens."""
     from memory3.answering import document
     from memory3.generation import generate as stream_one
-    from memory3.recall import Recalled
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _decoder(model, tokens_per_head) as decoder:
+    with _decoder(model, tokens_per_head, device, dtype) as decoder:
         recall = None if no_memory else _recall(bank, decoder, min_score=min_score)
         completion = None
         options = {"config": _config(decoder, temperature), "max_new_tokens": max_tokens, "seed": seed}
@@ -219,7 +227,7 @@ def generate(
             if not as_json:
                 print(token.text, end="", flush=True)
             completion = token.completion
-        made = document(text, completion, Recalled(text))
+        made = document(text, completion, None)
         made["prompt"] = made.pop("question")
         made["text"] = completion.text if completion else made["answer"]
         del made["answer"]
@@ -284,17 +292,22 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    what: Annotated[str, typer.Argument(help="reading: exact match per format; slots: the curve over tokens per head.")],
+    what: Annotated[
+        str,
+        typer.Argument(help="reading: each format; slots: the curve over tokens per head; selections: each at this budget."),
+    ],
     data: Annotated[Path, typer.Option(help="Folder with qa.parquet.")],
     model: Model = None,
     limit: Annotated[int, typer.Option(min=1, help="Questions.")] = 500,
     out: Annotated[Path | None, typer.Option(help="Picture of the curve, for `slots`.")] = None,
     seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Measure reading on dev questions, each format beside its control."""
     from memory3.evaluate.reading import measure
 
-    with _decoder(model, None) as decoder, _progress("measuring") as tell:
+    with _decoder(model, None, device, dtype) as decoder, _progress("measuring") as tell:
         measure(decoder, data, what, limit, out, seed, tell)
 
 
@@ -305,11 +318,13 @@ def demo(
     bank: Annotated[Path, typer.Option(help="Folder of the bank.")] = Path("demo-bank"),
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
     model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Write a bank from the notes, ask ten questions with and without memory, draw what one answer read."""
     from memory3.evaluate.demo import run_demo
 
-    with _decoder(model, None) as decoder:
+    with _decoder(model, None, device, dtype) as decoder:
         run_demo(decoder, notes, questions, bank, picture)
 
 
@@ -317,13 +332,21 @@ def demo(
 
 
 @contextmanager
-def _decoder(model: str | None, tokens_per_head: int | None) -> Iterator[Decoder]:
+def _decoder(model: str | None, tokens_per_head: int | None, device: str | None, dtype: str | None) -> Iterator[Decoder]:
     from dataclasses import replace
 
     from memory3.loading import load
 
-    with load(model) as decoder:
-        yield decoder if tokens_per_head is None else decoder.using(replace(decoder.spec, tokens_per_head=tokens_per_head))
+    with load(model, device=device, dtype=dtype) as decoder:
+        if tokens_per_head is None or tokens_per_head == decoder.spec.tokens_per_head:
+            yield decoder
+            return
+        if decoder.trained:
+            own = decoder.spec.tokens_per_head or "all"
+            warnings.warn(
+                f"--tokens-per-head {tokens_per_head} overrules the {own} that the model was trained with", stacklevel=2
+            )
+        yield decoder.using(replace(decoder.spec, tokens_per_head=tokens_per_head))
 
 
 def _recall(banks: list[Path] | None, decoder: Decoder, **options: Any) -> Recall:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from memory3.attention import KEYWORD, ORIGINALS, Attended, MemoryStack, Original, Reading, States, Trace, registered_name
 from memory3.family import Geometry, Stop, checked_family, probed, run_until_stop
-from memory3.identity import tokenizer_fingerprint, weights_fingerprint
+from memory3.identity import tokenizer_fingerprint, weights_fingerprint, weights_state
 from memory3.rotation import CaughtRotations, checked_limit, frequencies, position_limit
 from memory3.selection import LayerStates, kept_positions, selection
 from memory3.spec import REFERENCE_PREFIX, Memory, MemorySpec, SpecError, UnsupportedModel
@@ -27,13 +29,15 @@ SPEC_FILE = "memory_spec.json"
 class Layout:
     """A batch of contexts as the model is given it, all `(B, L)`.
 
-    `chunks` is each token's chunk; -1 for the reference BOS and padding. `length` of each context without padding.
+    `chunks` is each token's chunk; -1 for the reference BOS and padding. `memory` tells whether the context stands behind
+    the references' interval, or at 0 as in the plain model.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     chunks: Tensor
+    memory: bool = True
 
 
 class _Writing:
@@ -95,7 +99,8 @@ class Decoder:
         self.prefix_ids = self.bos_ids + self.tokens(REFERENCE_PREFIX)
         self._original = original
         self._limit = position_limit(model.config.get_text_config())
-        self._fingerprints: dict[int, str] = {}
+        self._cache_keyword = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+        self._fingerprint: tuple[object, str] | None = None
 
     # ---- life ----
 
@@ -116,7 +121,10 @@ class Decoder:
         geometry = self.geometry
         if last[-1] not in geometry.rotates:
             geometry = probed(self.model, self.tokenizer, geometry.num_layers, last[-1])
-        return Decoder(self.model, self.tokenizer, spec, geometry, self._original, self.trained)
+        view = Decoder(self.model, self.tokenizer, spec, geometry, self._original, self.trained)
+        if view._weights_state() == self._weights_state():
+            view._fingerprint = self._fingerprint
+        return view
 
     # ---- facts ----
 
@@ -153,19 +161,25 @@ class Decoder:
         return Path(str(self.model.config.name_or_path or type(self.model).__name__)).name
 
     def remember_fingerprint(self, fingerprint: str) -> None:
-        """Take the fingerprint of unchanged files as this model's own, so that opening a bank need not hash."""
+        """Take the fingerprint of unchanged files as this model's own, so that opening a bank need not hash.
+
+        It holds as long as no parameter that it covers changes.
+        """
+        self._fingerprint = (self._weights_state(), fingerprint)
+
+    def _weights_state(self) -> object:
         assert self.spec.layers is not None
-        self._fingerprints[self.spec.layers[-1]] = fingerprint
+        return weights_state(self.model, self.spec.layers[-1])
 
     def identity(self) -> dict[str, Any]:
         """What a bank must share with its reader, as JSON values: weights, tokenizer, rotation, spec and head dim."""
         assert self.spec.layers is not None
-        last = self.spec.layers[-1]
-        if last not in self._fingerprints:
-            self._fingerprints[last] = weights_fingerprint(self.model, last)
+        if self._fingerprint is None or self._fingerprint[0] != self._weights_state():
+            self.remember_fingerprint(weights_fingerprint(self.model, self.spec.layers[-1]))
+        assert self._fingerprint is not None
         return {
             "model": self.name,
-            "weights": self._fingerprints[last],
+            "weights": self._fingerprint[1],
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "rotation": frequencies(self.model),
             "spec": self.spec.to_json(),
@@ -256,19 +270,21 @@ class Decoder:
         rows: list[tuple[list[int], list[int], list[int], list[int]]] = []
         for b, context in enumerate(contexts):
             chunk = list(grid[b]) if grid is not None else [i // self.spec.chunk_length for i in range(len(context))]
-            ids = [*prefix, *context]
-            places = [*range(len(prefix)), *range(start, start + len(context))]
-            fill = longest - len(ids)
+            row_ids = [*prefix, *context]
+            row_places = [*range(len(prefix)), *range(start, start + len(context))]
+            fill = longest - len(row_ids)
             rows.append(
                 (
-                    _padded(ids, fill, 0, padding_side),
-                    _padded([1] * len(ids), fill, 0, padding_side),
-                    _padded(places, fill, 0, padding_side),
+                    _padded(row_ids, fill, 0, padding_side),
+                    _padded([1] * len(row_ids), fill, 0, padding_side),
+                    _padded(row_places, fill, 0, padding_side),
                     _padded([-1] * len(prefix) + (chunk if memory else [-1] * len(context)), fill, -1, padding_side),
                 )
             )
-        tensors = [torch.tensor(list(column), device=self.device, dtype=torch.long) for column in zip(*rows, strict=True)]
-        return Layout(*tensors)
+        ids, mask, places, chunks = (
+            torch.tensor(list(column), device=self.device, dtype=torch.long) for column in zip(*rows, strict=True)
+        )
+        return Layout(ids, mask, places, chunks, memory)
 
     def reading(
         self, chunks: Tensor, memories: Sequence[Sequence[Sequence[Memory]]], trace: Trace | None = None
@@ -299,13 +315,27 @@ class Decoder:
         stack = MemoryStack.of(list(distinct.values()), self.dtype, self.device)
         return Reading(stack, table.to(self.device), chunks, self.spec, trace)
 
-    def forward(self, layout: Layout, reading: Reading | None = None, *, base: bool = False, **options: Any) -> Any:
-        """The model's own output for a batch, reading memories; `options` go to the model (cache, logits_to_keep).
+    def fresh_cache(self) -> Any:
+        """An empty key-value cache of transformers for this model; `forward` fills it."""
+        from transformers import DynamicCache
 
-        With `base` the model without its output embeddings runs, and gives hidden states instead of logits.
+        return DynamicCache(config=self.model.config)
+
+    def forward(
+        self, layout: Layout, reading: Reading | None = None, *, base: bool = False, cache: Any = None, **options: Any
+    ) -> Any:
+        """The model's own output for a batch, reading memories; `options` go to the model (logits_to_keep, ...).
+
+        With `base` the model without its output embeddings runs, and gives hidden states instead of logits. With `cache`
+        the layout goes on from what the cache holds, and is added to it.
+
+        Raises:
+            UnsupportedModel: a context behind memories reaches beyond the positions that pinned frequencies cover.
         """
-        checked_limit(layout.position_ids, self._limit)
-        extra = {} if reading is None else {KEYWORD: reading}
+        if layout.memory:
+            checked_limit(layout.position_ids, self._limit)
+        extra: dict[str, Any] = {} if reading is None else {KEYWORD: reading}
+        extra |= {"use_cache": False} if cache is None else {self._cache_keyword: cache, "use_cache": True}
         return (self.model.base_model if base else self.model)(
             input_ids=layout.input_ids,
             attention_mask=layout.attention_mask,
@@ -323,7 +353,7 @@ def _checked_lengths(rows: Sequence[Sequence[int]], most: int) -> None:
     for n, row in enumerate(rows):
         if not 1 <= len(row) <= most:
             raise SpecError(
-                f"found reference {n} with {len(row)} tokens, expected 1 to {most}: split it with memory3.references"
+                f"found reference {n} with {len(row)} tokens, expected 1 to {most}: split it with memory3.references(SOURCE, decoder)"
             )
 
 
@@ -347,8 +377,11 @@ def attach(model: Any, tokenizer: Any, spec: MemorySpec | None = None) -> Decode
     checked_family(model)
     own = trained_spec(model)
     chosen = _chosen_spec(own, spec, model)
+    selection(chosen.selection)
     config = model.config.get_text_config()
     original = str(config._attn_implementation)
+    if original.startswith(registered_name("")):
+        raise UnsupportedModel("found a model that has memory already, expected one without: detach it first, or use `using`")
     if original not in ORIGINALS:
         raise UnsupportedModel(
             f"found attention {original!r}, expected one of {', '.join(ORIGINALS)}: load the model with attn_implementation='sdpa'"
@@ -381,20 +414,27 @@ def trained_spec(model: Any) -> MemorySpec | None:
     folder = Path(name)
     found = folder / SPEC_FILE if folder.is_dir() else None
     if found is None:
-        cached = cached_file(
-            name,
-            SPEC_FILE,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
+        try:
+            cached = cached_file(
+                name,
+                SPEC_FILE,
+                local_files_only=True,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+        except (OSError, ValueError):  # a folder that is gone, or no hub name at all
+            return None
         found = Path(cached) if cached else None
     if found is None or not found.is_file():
         return None
-    import json
-
-    return MemorySpec.from_json(json.loads(found.read_text("utf-8")))
+    try:
+        fields = json.loads(found.read_text("utf-8"))
+    except ValueError as error:
+        raise SpecError(
+            f"found a broken {found} ({error}), expected the JSON of a MemorySpec: restore it, or remove it"
+        ) from None
+    return MemorySpec.from_json(fields)
 
 
 def _chosen_spec(own: MemorySpec | None, given: MemorySpec | None, model: Any) -> MemorySpec:

@@ -7,7 +7,7 @@ processors and stopping criteria, because its `generate()` refuses arguments it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memory3.attention import Trace
 from memory3.decoder import Decoder, Layout
-from memory3.recall import Recall, Recalled
+from memory3.recall import Recalled, Recaller
 from memory3.sampling import Sampler
 from memory3.spec import Memory, Reference, SourceError
 
@@ -31,6 +31,10 @@ class Prompt:
     @classmethod
     def of(cls, decoder: Decoder, text: str, content: str | None = None) -> Prompt:
         """A prompt of a text; recall queries come from `content`, a part of the text, or from all of it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SourceError(f"found a prompt that is no valid Unicode ({error.reason}), expected UTF-8 text") from None
         marked = decoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         start = 0 if content is None else text.rfind(content)
         end = len(text) if content is None else start + len(content)
@@ -80,7 +84,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of recall, prefill and decoding."""
+    """Seconds of recalls, of the pass over the prompts, and of the passes over the new tokens, for the whole batch."""
 
     recall_s: float
     prefill_s: float
@@ -118,6 +122,8 @@ class _Sequence:
     prompt: Prompt
     recalls: list[Recalled] = field(default_factory=list)
     prompt_chunks: int = 0
+    queries: list[str] = field(default_factory=list)
+    text: str = ""
     ids: list[int] = field(default_factory=list)
     shown: str = ""
     finish: str | None = None
@@ -153,7 +159,7 @@ def stream(
     decoder: Decoder,
     prompts: Sequence[str | Prompt],
     *,
-    recall: Recall | None = None,
+    recall: Recaller | None = None,
     config: Any = None,
     max_new_tokens: int | None = None,
     seed: int = 0,
@@ -172,20 +178,28 @@ def stream(
         stopping: further transformers stopping criteria.
         effect: measure attention mass, logit shift and citations, at the price of two more forward passes.
 
+    Raises:
+        BankMismatch: memories of another model would be read.
+        SpecError: settings that this loop cannot follow.
+
     Yields:
         A `Token` per sequence and step; the last of a sequence carries its `Completion`.
     """
     if not prompts:
         return
     made = [p if isinstance(p, Prompt) else Prompt.of(decoder, p) for p in prompts]
-    sampler = Sampler.of(decoder, config, max_new_tokens, seed, len(made), stopping)
+    if recall is not None:
+        recall.check(decoder)
+    sampler = Sampler.of(decoder, config, max_new_tokens, seed, [len(p.ids) for p in made], stopping)
     yield from _Stream(decoder, [_Sequence(p) for p in made], recall, sampler, effect).run()
 
 
 class _Stream:
     """The loop of one batch."""
 
-    def __init__(self, decoder: Decoder, rows: list[_Sequence], recall: Recall | None, sampler: Sampler, effect: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, rows: list[_Sequence], recall: Recaller | None, sampler: Sampler, effect: bool
+    ) -> None:
         self.decoder, self.rows, self.recall, self.sampler, self.effect = decoder, rows, recall, sampler, effect
         self.recall_s = self.prefill_s = self.decode_s = 0.0
         self.start = perf_counter()
@@ -203,46 +217,52 @@ class _Stream:
         began = perf_counter()
         layout = self.decoder.layout([row.prompt.ids for row in self.rows], memory=self.recall is not None)
         memories = [[r.memories for r in row.recalls] for row in self.rows]
-        reading = self.decoder.reading(layout.chunks, memories)
-        output = self.decoder.forward(layout, reading, use_cache=True, logits_to_keep=1)
+        reading, cache = self.decoder.reading(layout.chunks, memories), self.decoder.fresh_cache()
+        logits = self.decoder.forward(layout, reading, cache=cache, logits_to_keep=1).logits
         self.prefill_s = perf_counter() - began
         step, reading_of = 0, None
         while True:
             began = perf_counter()
-            chosen = self.sampler.next(
-                output.logits[:, -1], [row.prompt.ids for row in self.rows], [row.ids for row in self.rows]
+            chosen, scores = self.sampler.next(
+                logits[:, -1], [row.prompt.ids for row in self.rows], [row.ids for row in self.rows]
             )
-            yield from self._taken(chosen)
+            self.decode_s += perf_counter() - began
+            yield from self._taken(chosen, scores)
             if all(row.finish for row in self.rows):
                 return
             layout = self._next(layout, chosen)
             if self.recall is not None and step and step % self.decoder.spec.chunk_length == 0:
                 self._recall_answers(step)
                 reading_of = None
+            began = perf_counter()
             if reading_of is None:
                 reading_of = self.decoder.reading(layout.chunks, [[row.current] for row in self.rows])
-            output = self.decoder.forward(layout, reading_of, past_key_values=output.past_key_values, use_cache=True)
+            logits = self.decoder.forward(layout, reading_of, cache=cache).logits
             self.decode_s += perf_counter() - began
             step += 1
 
     def _recall_prompts(self) -> None:
-        """Every chunk of every prompt recalls for itself, in one call."""
+        """Every chunk of every prompt recalls for itself, in one call.
+
+        A chunk without words of the user (template tokens, for instance) asks nothing and keeps what the one before it has.
+        """
         if self.recall is None:
             return
         began, size = perf_counter(), self.decoder.spec.chunk_length
-        owners, queries, texts = [], [], []
+        asking: list[tuple[_Sequence, str]] = []
         for row in self.rows:
-            length = len(row.prompt.ids)
-            row.prompt_chunks = -(-length // size)
-            whole = row.prompt.query(self.decoder, 0, length)
-            for start in range(0, length, size):
-                owners.append(row)
-                queries.append(row.prompt.query(self.decoder, start, start + size))
-                texts.append(whole)
-        for row, recalled in zip(owners, self.recall(queries, texts), strict=True):
-            row.recalls.append(recalled)
+            chunks = range(0, len(row.prompt.ids), size)
+            row.prompt_chunks = len(chunks)
+            row.queries = [row.prompt.query(self.decoder, start, start + size) for start in chunks]
+            row.text = row.prompt.query(self.decoder, 0, len(row.prompt.ids))
+            asking += [(row, query) for query in row.queries if query]
+        found = iter(self.recall([query for _, query in asking], [row.text for row, _ in asking]) if asking else [])
         for row in self.rows:
-            row.fresh = row.recalls[-1]
+            last = Recalled("")
+            for query in row.queries:
+                last = next(found) if query else replace(last, query="", bytes_read=0)
+                row.recalls.append(last)
+            row.fresh = last
         self.recall_s += perf_counter() - began
 
     def _recall_answers(self, step: int) -> None:
@@ -252,7 +272,7 @@ class _Stream:
         going = [row for row in self.rows if not row.finish]
         decode = self.decoder.tokenizer.decode
         queries = [str(decode(row.ids[step - size : step], skip_special_tokens=True)).strip() for row in going]
-        for row, recalled in zip(going, self.recall(queries), strict=True):
+        for row, recalled in zip(going, self.recall(queries, [row.text for row in going]), strict=True):
             row.recalls.append(recalled)
             row.fresh = recalled
         self.recall_s += perf_counter() - began
@@ -265,16 +285,15 @@ class _Stream:
             torch.cat([layout.attention_mask, ones], 1),
             layout.position_ids[:, -1:] + 1,
             torch.zeros_like(ones) if self.recall is not None else -ones,
+            layout.memory,
         )
 
-    def _taken(self, chosen: Tensor) -> Iterator[Token]:
+    def _taken(self, chosen: Tensor, scores: Tensor) -> Iterator[Token]:
         """Note the chosen tokens of the sequences that still run, and tell of them."""
         running = [(n, row) for n, row in enumerate(self.rows) if not row.finish]
         for n, row in running:
             row.ids.append(int(chosen[n]))
-        reasons = self.sampler.finished([row.prompt.ids for _, row in running], [row.ids for _, row in running])
-        for (_, row), reason in zip(running, reasons, strict=True):
-            row.finish = reason
+            row.finish = self.sampler.finished(n, row.prompt.ids, row.ids, scores[n])
         ended = [row for _, row in running if row.finish]
         effects = {id(row): effect for row, effect in zip(ended, self._effects(ended), strict=True)}
         for n, row in running:
@@ -313,8 +332,8 @@ def _measured(decoder: Decoder, rows: Sequence[_Sequence]) -> list[Effect]:
     layout, trace = decoder.layout(contexts, grid=grids), Trace()
     keep = max(len(row.ids) for row in rows)
     reading = decoder.reading(layout.chunks, tables, trace)
-    with_memory = decoder.forward(layout, reading, use_cache=False, logits_to_keep=keep).logits.float().log_softmax(-1)
-    masked = decoder.forward(layout, use_cache=False, logits_to_keep=keep).logits.float().log_softmax(-1)
+    with_memory = decoder.forward(layout, reading, logits_to_keep=keep).logits.float().log_softmax(-1)
+    masked = decoder.forward(layout, logits_to_keep=keep).logits.float().log_softmax(-1)
     divergence = (with_memory.exp() * (with_memory - masked)).sum(-1)
     return [
         _effect(row, divergence[n], {layer: t[n] for layer, t in trace.references.items()}, size) for n, row in enumerate(rows)

@@ -13,6 +13,8 @@ from memory3.decoder import Decoder, attach
 from memory3.identity import weights_fingerprint
 from memory3.spec import Memory3Error, MemorySpec
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class ModelError(Memory3Error):
     """A model that cannot be loaded."""
@@ -23,19 +25,32 @@ def default_model() -> Path:
     return Path(__file__).parent / "model"
 
 
-def load(model: str | os.PathLike[str] | None = None, spec: MemorySpec | None = None, **options: Any) -> Decoder:
+def load(
+    model: str | os.PathLike[str] | None = None,
+    spec: MemorySpec | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> Decoder:
     """Load a model and its tokenizer, and attach memory.
 
     Args:
         model: a folder of transformers files or a hub name; by default the model that ships.
         spec: overrules the model's own spec.
-        options: go to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, …). Remote code is never run, and only
+        device: where it runs, `cpu` or `cuda:1` for instance; by default the first GPU, or the CPU where there is none.
+        dtype: `float32`, `bfloat16` or `float16`; by default the dtype of its files.
+        options: go to `AutoModelForCausalLM.from_pretrained` (device_map, …). Remote code is never run, and only
             safetensors are read.
 
     Raises:
-        ModelError: nothing can be loaded from there.
+        ModelError: nothing can be loaded from there, or there is no such device or dtype.
         UnsupportedModel: it cannot read memory.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"found dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    options |= {} if dtype is None else {"dtype": dtype}
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -45,7 +60,7 @@ def load(model: str | os.PathLike[str] | None = None, spec: MemorySpec | None = 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **options).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"found no model at {name!r} ({reason}), expected a folder with config.json, tokenizer and *.safetensors, or a hub name"
@@ -53,19 +68,45 @@ def load(model: str | os.PathLike[str] | None = None, spec: MemorySpec | None = 
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+    if "device_map" not in options:
+        loaded = _placed(loaded, device)
     decoder = attach(loaded, tokenizer, spec)
-    _remember(decoder, Path(name))
+    _remember(decoder, _folder_of(name))
     return decoder
 
 
+def _placed(model: Any, device: str | None) -> Any:
+    import torch
+
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(wanted)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch that was built without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"found no device {wanted!r} ({reason}), expected cpu, or cuda where there is a GPU") from None
+
+
+def _folder_of(name: str) -> Path:
+    """Where the files of a model lie: the folder itself, or the hub's snapshot on this machine."""
+    from transformers.utils import cached_file
+
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(cached_file(name, "config.json", local_files_only=True)).parent
+
+
 def _remember(decoder: Decoder, folder: Path) -> None:
-    """Give the decoder the fingerprint that these very files had before, or compute and note it."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    """Give the decoder the fingerprint that these very files had before, or compute and note it.
+
+    Files that are the same give the same weights only in the same dtype and quantisation.
+    """
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         return
     assert decoder.spec.layers is not None
     stamps = [(str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for f in files for s in [f.stat()]]
-    key = hashlib.blake2b(json.dumps([stamps, decoder.spec.layers[-1]]).encode(), digest_size=16).hexdigest()
+    form = [str(decoder.dtype), str(getattr(decoder.model.config, "quantization_config", None)), decoder.spec.layers[-1]]
+    key = hashlib.blake2b(json.dumps([stamps, form]).encode(), digest_size=16).hexdigest()
     store = Path(os.environ.get("MEMORY3_CACHE", Path.home() / ".cache" / "memory3")) / "fingerprints" / key
     try:
         known = store.read_text("ascii").strip()

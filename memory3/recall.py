@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from memory3.bank import Bank
+from memory3.bank import Bank, MemoryWriter
 from memory3.retrieval import RETRIEVERS, Hit, Retriever
 from memory3.spec import BankError, Memory, Reference, SpecError
 from memory3.splitting import overlap
@@ -56,6 +57,18 @@ class MemoryCache:
             self.nbytes -= self._held.popitem(last=False)[1].nbytes
 
 
+class Recaller(Protocol):
+    """What generation needs of a recall."""
+
+    min_score: float | None
+
+    def __call__(self, queries: Sequence[str], texts: Sequence[str] | None = None) -> list[Recalled]:
+        """One recall per query; `texts` are the whole texts that the queries are part of."""
+
+    def check(self, decoder: MemoryWriter) -> None:
+        """Raise `BankMismatch` where the memories mean nothing to the decoder."""
+
+
 class Recall:
     """Brings the memories for a chunk.
 
@@ -70,7 +83,8 @@ class Recall:
         cache_bytes: limit of the RAM cache.
 
     Raises:
-        BankError: a fixed id that no bank has, or a bank opened without a decoder.
+        BankError: no bank, a fixed id that no bank has, or a bank opened without a decoder.
+        BankMismatch: banks of different models.
         SpecError: an unknown retriever, or a count or limit out of range.
     """
 
@@ -101,6 +115,13 @@ class Recall:
         self.cache = MemoryCache(cache_bytes)
         self.fixed = None if references is None else list(references)
         self._retrievers: list[Retriever] = [RETRIEVERS[retriever](bank) for bank in self.banks]
+        self.check(decoder)
+
+    def check(self, decoder: MemoryWriter) -> None:
+        """Raise `BankMismatch` where a bank was not opened with this decoder and was written by another."""
+        for bank in self.banks:
+            if bank.decoder is not decoder:
+                bank.manifest.check(bank.path, decoder.identity())
 
     def __call__(self, queries: Sequence[str], texts: Sequence[str] | None = None) -> list[Recalled]:
         """One recall per query; `texts` are what the overlap filter compares with, by default the queries."""

@@ -96,13 +96,19 @@ def _difference(first: Tensor, second: Tensor) -> float:
 
 
 def frequencies(model: nn.Module) -> dict[str, list[float]]:
-    """The frequency tables of a model by buffer name, in radians per token, first seen value of equal tables only."""
+    """The frequency tables of a model by buffer name, in radians per token.
+
+    Rotations that change with the length at run time keep their first table beside the current one; the first is meant.
+    """
+    buffers = dict(model.named_buffers())
     tables: dict[str, list[float]] = {}
-    for name, buffer in sorted(model.named_buffers()):
-        if name.endswith("inv_freq") and not name.rpartition(".")[2].startswith("original_"):
-            if name.endswith("original_inv_freq"):
-                continue
-            tables[name] = [round(float(v), 9) for v in buffer.detach().float().cpu()]
+    for name, buffer in sorted(buffers.items()):
+        folder, _, last = name.rpartition(".")
+        if last.endswith("inv_freq") and "original_" not in last:
+            first = buffers.get(f"{folder}.{last.removesuffix('inv_freq')}original_inv_freq")
+            if first is None:
+                first = buffers.get(f"{folder}.original_{last}", buffer)
+            tables[name] = [round(float(v), 9) for v in first.detach().float().cpu()]
     return tables
 
 

@@ -6,6 +6,7 @@ kept in text order. Adding one: a frozen dataclass with a `score`, and a row in 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -81,8 +82,9 @@ class Random(Selection):
         heads, length = states.keys.shape[1:3]
         rows = []
         for ids, mask in zip(states.token_ids.cpu(), states.mask.cpu(), strict=True):
-            digest = hash((self.seed, states.layer, *ids[mask].tolist()))
-            generator = torch.Generator().manual_seed(digest & 0x7FFF_FFFF_FFFF_FFFF)
+            named = f"{self.seed} {states.layer} {ids[mask].tolist()}".encode()
+            digest = int.from_bytes(hashlib.blake2b(named, digest_size=7).digest(), "big")
+            generator = torch.Generator().manual_seed(digest)
             row = torch.zeros(heads, length)
             row[:, mask] = torch.rand(heads, int(mask.sum()), generator=generator)
             rows.append(row)
@@ -125,8 +127,9 @@ def kept_positions(scores: Tensor, mask: Tensor, slots: int) -> tuple[Tensor, Te
     slots = min(slots, length)
     counts = mask.sum(-1).clamp(max=slots)
     scores = scores.float().masked_fill(~mask[:, None, :], float("-inf"))
-    # A token that occurs twice has the same score in the first layer up to rounding: scores are compared at ten bits,
-    # and a stable sort gives ties to the earlier token, whatever the batch or the device.
+    # A token that occurs twice has the same score in the first layer up to rounding. Scores are compared at ten bits, and a
+    # stable sort gives ties to the earlier token: so batch and device hardly ever decide, though two scores can still
+    # round apart.
     best = torch.sort(_at_ten_bits(scores), dim=-1, descending=True, stable=True).indices[..., :slots]
     filler = torch.arange(slots, device=mask.device)[None, None, :] >= counts[:, None, None]
     best = best.masked_fill(filler, length)

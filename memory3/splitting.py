@@ -34,7 +34,7 @@ def references(
     source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     tokenizer: Any,
     *,
-    length: int = 128,
+    length: int | None = None,
     text_field: str = "text",
     on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[Reference]:
@@ -43,8 +43,8 @@ def references(
     Args:
         source: a file, a folder (read recursively, sorted by path, hidden names left out), `-` for plain text on stdin,
             or several of these; the kinds of files are those of `documents.KINDS`.
-        tokenizer: the tokenizer of the model; a reference has at most `length` of its tokens.
-        length: most tokens of a reference.
+        tokenizer: the tokenizer of the model, or the `Decoder` that will write the references.
+        length: most tokens of a reference; by default the decoder's `reference_length`, or 128.
         text_field: field or column that holds the text, in JSON lines, CSV and Parquet; such a text has the source
             `FILE:LINE` or `FILE:ROW`.
         on_unreadable: told of each document that cannot be read, which is then left out; by default it is an error.
@@ -53,12 +53,16 @@ def references(
         SourceError: a source is missing, of an unknown kind or unreadable. Paths are looked at before the first
             reference is asked for, contents when it is.
     """
+    spec = getattr(tokenizer, "spec", None)
+    if spec is not None:
+        tokenizer, length = tokenizer.tokenizer, length or spec.reference_length
+    most = 128 if length is None else length
     found = documents(source, text_field=text_field, on_unreadable=on_unreadable)
 
     def streamed() -> Iterator[Reference]:
         for document in found:
             try:
-                yield from _pieces(document.text, tokenizer, document.name, length, document.markdown)
+                yield from _pieces(document.text, tokenizer, document.name, most, document.markdown)
             except SourceError as error:
                 if on_unreadable is None:
                     raise

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memory3.attention import merge
+from memory3.attention import _softmax, merge
 
 
 @settings(deadline=None)
@@ -30,6 +30,17 @@ def test_nothing_to_merge_leaves_the_first_as_it_is() -> None:
     joint, share = merge(output, lse, torch.zeros(2, 4), torch.full((2,), float("-inf")))
     assert torch.equal(joint, output)
     assert torch.equal(share, torch.zeros(2))
+
+
+def test_the_softmax_with_its_log_sum_exp_has_the_gradients_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    logits[0, 0, 2:] = float("-inf")
+    weights, lse = _softmax(logits)
+    assert torch.allclose(weights, logits.softmax(-1))
+    assert torch.allclose(lse, logits.logsumexp(-1))
+    finite = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_softmax, finite)
 
 
 def test_gradients_are_finite_where_nothing_is_merged() -> None:

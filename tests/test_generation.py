@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import tiny_model, tiny_tokenizer
+from families import FAMILIES, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
-from memory3.bank import Hit
+from memory3.bank import Bank, Hit
 from memory3.decoder import Decoder, attach
 from memory3.generation import Prompt, complete, generate, stream
-from memory3.recall import Recalled
-from memory3.spec import Memory, MemorySpec, Reference, SourceError, SpecError
+from memory3.recall import Recall, Recalled
+from memory3.spec import BankMismatch, Memory, MemorySpec, Reference, SourceError, SpecError
+from memory3.writing import write
 
 SPEC = MemorySpec(tokens_per_head=6, chunk_length=8)
 FACTS = ("The tower was completed in 1889.", "Salt melts at 801 degrees.", "A group of crows is a murder.")
@@ -33,9 +35,14 @@ class Scripted:
 
     def __post_init__(self) -> None:
         self.memories: list[Memory] = self.decoder.encode(FACTS)
+        self.texts: list[str] = []
+
+    def check(self, decoder: Decoder) -> None:
+        """They are the decoder's own."""
 
     def __call__(self, queries: Sequence[str], texts: Sequence[str] | None = None) -> list[Recalled]:
         found = []
+        self.texts += texts or queries
         for query in queries:
             turn = self.turns[len(self.asked) % len(self.turns)]
             self.asked.append(query)
@@ -67,20 +74,24 @@ def test_the_stream_joined_is_the_completion(decoder: Decoder) -> None:
     assert tokens[-1].completion is not None
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt-oss", "smollm3"])
-def test_a_batch_gives_what_each_prompt_gives_alone(family: str) -> None:
+def test_a_batch_gives_what_each_prompt_gives_alone(model: Any, tokenizer: Any) -> None:
+    """For every family; prompts of different length, so all but one have padding on the left."""
     prompts = ["When was the tower completed?", "Salt?", "What are crows in a group?"]
-    with attach(tiny_model(family), tiny_tokenizer(), SPEC) as decoder:
+    with attach(model, tokenizer, SPEC) as decoder:
         together = complete(decoder, prompts, recall=ByText(decoder), config=LONG, max_new_tokens=18)
         for prompt, found in zip(prompts, together, strict=True):
             [alone] = complete(decoder, [prompt], recall=ByText(decoder), config=LONG, max_new_tokens=18)
             assert alone.ids == found.ids
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2", "gpt-oss"])
-def test_decoding_equals_the_full_forward_across_recalls(family: str) -> None:
-    """Every chosen token is the best one of a single pass over prompt and answer, with each chunk's own memories."""
-    with attach(tiny_model(family), tiny_tokenizer(), SPEC) as decoder:
+@pytest.mark.parametrize("name", [*FAMILIES, *(f"{name} with a short window" for name in FAMILIES if FAMILIES[name].window)])
+def test_decoding_equals_the_full_forward_across_recalls(name: str) -> None:
+    """Every chosen token is the best one of a single pass over prompt and answer, with each chunk's own memories.
+
+    For every family, and where there are windows also with one of eight tokens, which the answer outgrows.
+    """
+    family, _, window = name.partition(" ")
+    with attach(tiny_model(family, **({"sliding_window": 8} if window else {})), tiny_tokenizer(), SPEC) as decoder:
         recall = Scripted(decoder)
         prompt = Prompt.of(decoder, "When was it?")
         [done] = complete(decoder, [prompt], recall=recall, config=LONG, max_new_tokens=20)
@@ -103,6 +114,25 @@ def test_chunks_recall_for_themselves_and_a_generated_chunk_reads_what_the_last_
     assert [name for name, _ in done.recalls] == ["prompt 0", "prompt 1", "prompt 2", "answer 0", "answer 1"]
     texts = [str(decoder.tokenizer.decode(done.ids[n : n + 8], skip_special_tokens=True)).strip() for n in (0, 8)]
     assert recall.asked[3:] == texts
+
+
+def test_a_chunk_of_template_tokens_asks_nothing_and_keeps_the_memories_before_it(decoder: Decoder) -> None:
+    """A chat template's last words may fill the last chunk: the answer must not lose its memories by that."""
+    recall = Scripted(decoder)
+    prompt = Prompt.of(decoder, "why?" + "[/INST] and so on", "why?")
+    [done] = complete(decoder, [prompt], recall=recall, config=LONG, max_new_tokens=4, effect=True)
+    assert recall.asked == ["why?"]
+    assert [len(r.hits) for _, r in done.recalls] == [2, 2, 2]
+    assert [r.query for _, r in done.recalls] == ["why?", "", ""]
+    assert done.effect is not None
+    assert min(done.effect.attention_mass.values()) > 0
+
+
+def test_the_overlap_filter_of_an_answer_compares_with_the_whole_prompt(decoder: Decoder) -> None:
+    recall = Scripted(decoder)
+    complete(decoder, ["When was it? And who?"], recall=recall, config=LONG, max_new_tokens=12)
+    assert len(recall.texts) == 4  # three chunks of the prompt, one of the answer
+    assert set(recall.texts) == {"When was it? And who?"}
 
 
 def test_template_tokens_are_no_part_of_a_query(decoder: Decoder) -> None:
@@ -184,9 +214,78 @@ def test_memories_that_change_nothing_are_called_silent(decoder: Decoder) -> Non
     assert done.effect.silent
 
 
-def test_beam_search_is_refused(decoder: Decoder) -> None:
-    with pytest.raises(SpecError, match="expected greedy or sampling"):
-        next(iter(stream(decoder, ["When?"], config=GenerationConfig(num_beams=2))))
+@pytest.mark.parametrize(
+    "setting",
+    [{"num_beams": 2}, {"num_return_sequences": 3, "do_sample": True}, {"guidance_scale": 1.5}, {"penalty_alpha": 0.6}],
+)
+def test_settings_that_the_loop_cannot_follow_are_refused_by_name(decoder: Decoder, setting: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=f"found {next(iter(setting))}=.*expected greedy or sampling"):
+        next(iter(stream(decoder, ["When?"], config=GenerationConfig(**setting))))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 6},
+        {"min_length": 14},
+        {"max_length": 16},
+        {"suppress_tokens": [7, 100, 230]},
+        {"begin_suppress_tokens": [7, 100, 230]},
+        {"exponential_decay_length_penalty": (3, 1.5)},
+        {"bad_words_ids": [[230], [100]]},
+        {"stop_strings": ["e"], "max_new_tokens": 10},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_do_what_they_do_in_transformers_own_generate(setting: dict[str, Any]) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    ids = torch.tensor([[1, *tokenizer("Once upon", add_special_tokens=False)["input_ids"]]])
+    free = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    ends = int(free[0, ids.shape[1] + 3])  # the greedy answer would end after four tokens
+    config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=0, **{"max_new_tokens": 12, **setting})
+    if "max_length" in setting:
+        config.max_new_tokens = None
+    own = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, tokenizer=tokenizer)
+    with attach(model, tokenizer, SPEC) as decoder:
+        [ours] = complete(decoder, ["Once upon"], config=config)
+    assert list(ours.ids) == own[0, ids.shape[1] :].tolist()
+
+
+def test_criteria_are_given_the_scores_of_the_step_and_no_room_is_refused(decoder: Decoder) -> None:
+    shapes = []
+
+    def noting(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(scores.shape))
+        return torch.tensor([bool(scores.max() > 1e9)])
+
+    complete(decoder, ["When?"], config=LONG, max_new_tokens=3, stopping=[noting])
+    assert shapes == [(1, 300)] * 3
+    with pytest.raises(SpecError, match="room for 0 new tokens"):
+        complete(decoder, ["When?"], config=LONG, max_new_tokens=0)
+
+
+def test_memories_of_another_model_are_refused(decoder: Decoder, tmp_path: Path) -> None:
+    bank = Bank(tmp_path / "bank", decoder, create=True)
+    write(decoder, [Reference(fact) for fact in FACTS], bank)
+    other = tiny_model("llama")
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    with attach(other, tiny_tokenizer(), SPEC) as stranger, pytest.raises(BankMismatch, match="weights"):
+        complete(stranger, ["When?"], recall=Recall(bank), config=LONG, max_new_tokens=2)
+    with attach(tiny_model("llama"), tiny_tokenizer(), SPEC) as twin:  # the same weights in another object
+        assert complete(twin, ["When?"], recall=Recall(bank), config=LONG, max_new_tokens=2)
+
+
+def test_text_that_is_no_unicode_is_refused(decoder: Decoder) -> None:
+    with pytest.raises(SourceError, match="no valid Unicode"):
+        Prompt.of(decoder, "caf\udce9")
+
+
+def test_nothing_is_printed_while_decoding(decoder: Decoder, capfd: pytest.CaptureFixture[str]) -> None:
+    complete(decoder, ["When?"], recall=Scripted(decoder), config=LONG, max_new_tokens=10, effect=True)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_no_prompts_give_nothing(decoder: Decoder) -> None:

@@ -101,7 +101,6 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         opened = Bank(dense, decoder, create=True)
         write(decoder, [Reference(fact) for fact in FACTS], opened)
         found["ask"] += answer(decoder, [QUESTION, "Salt?", "zzzz"], Recall(opened), max_new_tokens=4)
-        found["ask"] += answer(decoder, [QUESTION], None, as_text=True, max_new_tokens=4)
         found["bank stats"].append(opened.stats())
     return found
 

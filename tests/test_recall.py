@@ -128,8 +128,9 @@ def test_merged_keys_need_no_second_rotation(decoder: Decoder) -> None:
     assert reading is not None
     for n, memory in enumerate(alone):
         assert torch.equal(reading.stack.keys[n, :, : memory.count], memory.keys)
-    shifted = torch.tensor([[*dense.prefix_ids, *dense.tokens(TEXTS[0])]])
-    own = decoder.model(shifted, use_cache=True).past_key_values
+    shifted = dense.layout([[*dense.prefix_ids, *dense.tokens(TEXTS[0])]], memory=False)
+    own = dense.fresh_cache()
+    dense.forward(shifted, cache=own)
     skip = len(dense.prefix_ids)
     assert float((own.layers[0].keys[0, :, skip:] - alone[0].keys[dense.spec.rows_of(0)]).detach().abs().max()) < 1e-4
 

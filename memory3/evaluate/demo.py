@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from memory3.evaluate.picture import draw_reading
 from memory3.generation import Completion, complete
 from memory3.recall import Recall
 from memory3.scoring import exact_match
-from memory3.spec import SourceError
+from memory3.spec import BankMismatch, SourceError
 from memory3.splitting import references
 from memory3.writing import write
 
@@ -36,8 +37,8 @@ def run_demo(decoder: Decoder, notes: Path, questions: Path, bank_path: Path, pi
     console = Console(width=110)
     if not questions.is_file():
         raise SourceError(f"found no {questions}, expected the demo's questions: run it in the folder of the project")
-    with Bank(bank_path, decoder, create=True) as bank:
-        report = write(decoder, references(notes, decoder.tokenizer, length=decoder.spec.reference_length), bank)
+    with _demo_bank(bank_path, decoder) as bank:
+        report = write(decoder, references(notes, decoder), bank)
         console.print(
             f"{report.references} references written to {bank_path}, {report.skipped} known already: "
             f"{report.bytes_per_reference:,} bytes each, {report.seconds:.1f} s"
@@ -53,6 +54,16 @@ def run_demo(decoder: Decoder, notes: Path, questions: Path, bank_path: Path, pi
     draw_reading(decoder, shown.question, shown.remembered, picture)
     console.print(f"what the answer to {shown.question!r} read: {picture}")
     return asked
+
+
+def _demo_bank(path: Path, decoder: Decoder) -> Bank:
+    """The bank of an earlier run, or a new one where there is none, or where another model or spec wrote it."""
+    try:
+        return Bank(path, decoder, create=True)
+    except BankMismatch:
+        Bank(path)  # a bank indeed, not a folder of something else
+        shutil.rmtree(path)
+        return Bank(path, decoder, create=True)
 
 
 def ask_all(decoder: Decoder, questions: Path, recall: Recall) -> list[Asked]:

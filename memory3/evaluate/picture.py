@@ -45,7 +45,7 @@ def draw_reading(decoder: Decoder, question: str, completion: Completion, path: 
     prompt = question_prompt(decoder, question)
     context = [*prompt.ids, *completion.ids[:-1]]
     layout, trace = decoder.layout([context], grid=[[0] * len(context)]), Trace(tokens_too=True)
-    decoder.forward(layout, decoder.reading(layout.chunks, [[recalled.memories]], trace), use_cache=False)
+    decoder.forward(layout, decoder.reading(layout.chunks, [[recalled.memories]], trace))
     paid = torch.full((decoder.spec.pairs, len(tokens)), float("nan"))
     for layer in decoder.spec.layers:
         rows = decoder.spec.rows_of(layer)

@@ -14,7 +14,7 @@ from memory3.generation import Prompt, complete
 from memory3.recall import Recalled
 from memory3.retrieval import Hit
 from memory3.scoring import exact_match, f1, interval
-from memory3.spec import MemorySpec, Reference, SourceError
+from memory3.spec import Reference, SourceError
 from memory3.splitting import split
 
 OTHERS = 4
@@ -97,6 +97,9 @@ class _Given:
         memories = dict(zip(flat, [m for n in range(0, len(flat), 32) for m in decoder.encode(flat[n : n + 32])], strict=True))
         self.found = [[(t, memories[t]) for t in row] for row in texts]
 
+    def check(self, decoder: Any) -> None:
+        """They were encoded by the decoder itself."""
+
     def __call__(self, queries: Sequence[str], texts: Sequence[str] | None = None) -> list[Recalled]:
         """One prompt has one chunk here, so rows and queries agree."""
         assert len(queries) == len(self.found), "a question that is longer than a chunk"
@@ -121,6 +124,8 @@ def score_of(
     tell: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Answer the cases greedily with what `given` brings, as memories or as text, and score them."""
+    if not cases:
+        raise SourceError("found no question that can be asked, expected some: give a larger --limit, or other data")
     exact: list[float] = []
     overlap: list[float] = []
     for start in range(0, len(cases), BATCH):
@@ -155,7 +160,8 @@ def formats(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], 
     """Closed book, sparse memory, wrong memory, dense memory, dense memory in all layers, and text in the prompt."""
     assert decoder.spec.layers is not None
     dense = decoder.using(replace(decoder.spec, tokens_per_head=None))
-    everywhere = decoder.using(MemorySpec(layers=tuple(range(decoder.geometry.num_layers)), tokens_per_head=None))
+    layers = tuple(range(decoder.geometry.num_layers))
+    everywhere = decoder.using(replace(decoder.spec, layers=layers, heads=None, tokens_per_head=None))
     return [
         score_of("closed book", decoder, cases, None, tell=tell),
         score_of(f"sparse memory, {decoder.spec.tokens_per_head} tokens per head", decoder, cases, _mixed, tell=tell),

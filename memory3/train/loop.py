@@ -5,6 +5,7 @@ A batch is a function of the step alone, so a resumed run sees the batches that 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -83,8 +84,11 @@ def run(decoder: Decoder, objective: Objective, settings: Settings, report: Repo
     Raises:
         TrainError: the loss is not a number, or the checkpoint does not fit the model.
     """
-    from accelerate import Accelerator
-
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise TrainError("found no accelerate, expected it for training: pip install 'memory3[train]'") from None
+    _keep_freed_memory()
     accelerator = Accelerator(mixed_precision=settings.precision, cpu=not torch.cuda.is_available())
     decoder.model.to(accelerator.device)
     optimizer = torch.optim.AdamW(_groups(decoder.model, settings.weight_decay), lr=settings.schedule.peak, betas=(0.9, 0.95))
@@ -124,6 +128,21 @@ def run(decoder: Decoder, objective: Objective, settings: Settings, report: Repo
             break
     decoder.model.eval()
     return step
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep large blocks instead of giving them back after every step; a third of a step on two cores.
+
+    A step frees and asks again for the same hundreds of megabytes, and the kernel clears each page anew. No other C
+    library knows `mallopt`; there nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
+            mallopt(option, value)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 class _Window:

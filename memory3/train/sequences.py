@@ -55,7 +55,7 @@ class Warmup(Sequences):
     def loss(self, decoder: Decoder, batch: list[list[int]], step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean next-token cross-entropy `()`."""
         layout = decoder.layout([[*decoder.bos_ids, *row] for row in batch], padding_side="right", memory=False)
-        loss = _next_token_loss(decoder.forward(layout, use_cache=False).logits, layout.input_ids, len(decoder.bos_ids))
+        loss = _next_token_loss(decoder.forward(layout).logits, layout.input_ids, len(decoder.bos_ids))
         return loss, {}
 
 
@@ -80,7 +80,7 @@ class Continual(Sequences):
             stack = decoder.stack([decoder.tokens(t)[: decoder.spec.reference_length] for t in distinct])
             table = _table([[distinct.index(t) if t is not None else -1 for t in row] for row in texts])
             reading = Reading(stack, table.to(decoder.device), layout.chunks, decoder.spec)
-        logits = decoder.forward(layout, reading, use_cache=False).logits
+        logits = decoder.forward(layout, reading).logits
         skip = len(decoder.prefix_ids) + len(decoder.bos_ids)
         found = sum(t is not None for row in texts for t in row) / max(1, sum(map(len, texts)))
         return _next_token_loss(logits, layout.input_ids, skip), {"chunks_with_reference": found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,10 @@ def run_stage(
     """
     if stage not in STAGES:
         raise TrainError(f"found stage {stage!r}, expected one of {', '.join(STAGES)}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(f"{out} cannot be made ({error.strerror}): give a folder that can be written with --out") from None
     if stage == "default":
         decoder, done = train_default(data, out, minutes, report, seed)
         if done >= STEPS:
@@ -57,7 +61,7 @@ def run_stage(
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it is about to be trained for memory
-        decoder = load(model, MemorySpec() if model else None)
+        decoder = load(model)
     texts = shuffled([document.text for document in documents(data)], seed)
     objective: Objective
     if stage == "warmup":
@@ -75,7 +79,11 @@ def run_stage(
 def save_model(decoder: Decoder, folder: Path, spec: MemorySpec | None) -> None:
     """Weights in safetensors shards below 16 MB, tokenizer, and the spec the model was trained with."""
     decoder.detach()
-    decoder.model.save_pretrained(folder, max_shard_size=MAX_SHARD)
-    decoder.tokenizer.save_pretrained(folder)
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    decoder.model.save_pretrained(fresh, max_shard_size=MAX_SHARD)
+    decoder.tokenizer.save_pretrained(fresh)
     if spec is not None:
-        (folder / SPEC_FILE).write_text(json.dumps(spec.to_json(), indent=1) + "\n", "utf-8")
+        (fresh / SPEC_FILE).write_text(json.dumps(spec.to_json(), indent=1) + "\n", "utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
