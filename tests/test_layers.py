@@ -19,11 +19,13 @@ ROWS = [
     ["recall"],
     ["generation", "scoring"],
     ["answering"],
-    ["train.tokenizer", "train.loop", "train.initialise"],
+    ["train.tokenizer", "train.loop", "train.initialise", "train.questions"],
+    ["train.passages"],
     ["train.reading", "train.sequences", "evaluate.reading"],
     ["train.recipe", "evaluate.picture"],
     ["train.stages", "evaluate.demo"],
     ["cli"],
+    ["__main__"],
 ]
 SAME_ROW = {("evaluate.reading", "evaluate.picture"), ("evaluate.picture", "evaluate.reading")}
 """Imports that no row explains: a type or a function-local import, each named here."""

@@ -1,13 +1,13 @@
 """Teach a small model to read memory: references in memory, questions and completions about them in the context.
 
 Source of the order of things: design section 4. Memory is dense at first (all tokens), references keep a language
-modelling loss, and the kept tokens are thinned out once the model reads.
+modelling loss, and the kept tokens are thinned out once the model reads. Where an answer stands is known, so some heads of
+the last memory layer are also taught to point there: without that, reading appears late and suddenly.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,58 +16,50 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memory3.answering import QUESTION
-from memory3.attention import Reading
+from memory3.attention import MemoryStack, Reading, Trace
 from memory3.decoder import Decoder
+from memory3.train.passages import Context, ContextMaker, Passage, Window, drawn, window_of
 
-SNIPPET = 32
-"""A reference of fewer tokens is cut around the answer, without regard to sentences."""
-
-_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[\"'(A-Z0-9])")
-_SPAN = re.compile(r"\b(?:[A-Z][\w'-]+(?: (?:of|the|de|and|von|[A-Z][\w'-]+)){0,2}|\d[\d,.]*\d|\d|[a-z]{5,})\b")
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A text to be put in memory, and the questions it answers."""
-
-    title: str
-    text: str
-    questions: tuple[tuple[str, str], ...] = ()
+FIRST_WEIGHT = 3.0
+"""The first token of a target weighs as much as so many others: it has to be found, the others follow from it."""
+LEAST_MASS = 1e-3
+"""A pointer that gets less counts as this much: selection may have dropped its token."""
 
 
 @dataclass(frozen=True)
 class Phase:
     """How the mixture looks up to a step. Shares and slots are `(value, weight)` pairs.
 
-    `longest` is the range that the most tokens of a reference are drawn from: where an answer stands is learned sooner in
-    a sentence or two than in a full reference.
+    `longest` is the range that the most tokens of a reference are drawn from. `neighbour` is the share of references that
+    bring another window of the same passage into the batch, as a wrong reference that is hard to tell from the right one.
     """
 
     until: int
     references: tuple[tuple[int, float], ...]
     slots: tuple[tuple[int | None, float], ...]
     tasks: tuple[tuple[str, float], ...]
-    reference_loss: float
-    question_passages: float
+    asked_share: float
+    reference_loss: float = 0.0
+    pointer_loss: float = 0.5
     text_share: float = 0.0
-    closed_share: float = 0.05
-    batch: int = 16
-    contexts: int = 2
-    longest: tuple[int, int] = (128, 128)
+    closed_share: float = 0.03
+    neighbour: float = 0.0
+    batch: int = 24
+    contexts: int = 4
+    longest: tuple[int, int] = (40, 128)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """References as token ids, contexts with the place where their target starts, and the reference each is about."""
+    """References, the contexts about them, and which reference each is about."""
 
     references: list[list[int]]
-    contexts: list[list[int]]
-    target_starts: list[int]
+    contexts: list[Context]
     about: list[int]
     read: int
     slots: int | None
     mode: str
+    seed: int
 
 
 class ReadingObjective:
@@ -82,7 +74,7 @@ class ReadingObjective:
         self, decoder: Decoder, asked: Sequence[Passage], plain: Sequence[Passage], phases: Sequence[Phase], seed: int = 0
     ):
         self.decoder, self.asked, self.plain, self.phases, self.seed = decoder, asked, plain, phases, seed
-        self.eos = int(decoder.tokenizer.eos_token_id)
+        self.maker = ContextMaker(decoder)
 
     def phase(self, step: int) -> Phase:
         """The phase a step belongs to; the last one goes on."""
@@ -92,197 +84,173 @@ class ReadingObjective:
         """The batch of a step, drawn from `(seed, step)`."""
         phase, rng = self.phase(step), random.Random(self.seed * 1_000_003 + step)
         references: list[list[int]] = []
-        contexts: list[tuple[list[int], int]] = []
+        contexts: list[Context] = []
         about: list[int] = []
+        budget = rng.randint(*phase.longest)  # one for all: padding is work for nothing
         while len(references) < phase.batch:
-            pool = self.asked if rng.random() < phase.question_passages else self.plain
+            pool = self.asked if rng.random() < phase.asked_share else self.plain
             passage = pool[rng.randrange(len(pool))]
-            text, tasks = self._drawn(passage, phase, rng)
-            if not tasks:
+            window, made = self._made(passage, phase, budget, rng)
+            if not made:
                 continue
-            ids = self.decoder.tokens(text)[: self.decoder.spec.reference_length]
-            contexts += tasks
-            about += [len(references)] * len(tasks)
-            references.append(ids)
+            contexts += made
+            about += [len(references)] * len(made)
+            references.append(window.ids)
+            if rng.random() < phase.neighbour and len(references) < phase.batch:
+                other = window_of(self.decoder, passage, None, rng, budget)
+                if other.ids and not self._overlapping(window, other):
+                    references.append(other.ids)
         draw = rng.random()
         mode = "text" if draw < phase.text_share else "closed" if draw < phase.text_share + phase.closed_share else "memory"
-        read = min(_drawn(phase.references, rng), len(references))
-        return Batch(
-            references, [c for c, _ in contexts], [t for _, t in contexts], about, read, _drawn(phase.slots, rng), mode
-        )
+        read = min(drawn(phase.references, rng), len(references))
+        return Batch(references, contexts, about, read, drawn(phase.slots, rng), mode, rng.randrange(2**31))
 
-    def _drawn(self, passage: Passage, phase: Phase, rng: random.Random) -> tuple[str, list[tuple[list[int], int]]]:
-        """One form of the passage that fits into a reference, and contexts about it."""
+    def _made(self, passage: Passage, phase: Phase, budget: int, rng: random.Random) -> tuple[Window, list[Context]]:
+        """One window of the passage, and contexts about it."""
         question = rng.choice(passage.questions) if passage.questions else None
-        text = window(self.decoder, passage, question[1] if question else None, rng, rng.randint(*phase.longest))
-        tasks = []
-        for n in range(phase.contexts):
-            kind = _drawn(phase.tasks, rng)
-            if question is not None and (n == 0 or kind == "question"):
-                made = self._question(*rng.choice(passage.questions) if n else question, text)
-            elif kind == "completion":
-                made = self._completion(text, rng)
-            else:
-                made = self._cloze(text, rng)
-            if made is not None:
-                tasks.append(made)
-        return text, tasks
+        window = window_of(self.decoder, passage, question[1] if question else None, rng, budget)
+        made = [self.maker.question(*question, window, rng)] if question else []
+        kinds = [drawn(phase.tasks, rng) for _ in range(phase.contexts - len(made))]
+        made += [self.maker.made(kind, passage, window, rng) for kind in kinds]
+        return window, list({tuple(context.ids): context for context in made if context is not None}.values())
 
-    def _context(self, prompt: str, target: str, end: bool = True) -> tuple[list[int], int] | None:
-        prompt_ids = self.decoder.context(prompt)
-        ids = prompt_ids + self.decoder.tokens(target) + ([self.eos] if end else [])
-        if len(prompt_ids) >= 60:
-            return None
-        return ids[: self.decoder.spec.chunk_length], len(prompt_ids)
-
-    def _question(self, question: str, answer: str, text: str) -> tuple[list[int], int] | None:
-        if answer not in text:
-            return None
-        return self._context(QUESTION.format(question=question), f" {answer}")
-
-    def _cloze(self, text: str, rng: random.Random) -> tuple[list[int], int] | None:
-        """`Question: <sentence with a gap>?`"""
-        sentences = [s for s in _SENTENCE.split(text) if 4 <= len(s.split()) <= 35]
-        if not sentences:
-            return None
-        sentence = rng.choice(sentences).strip()
-        spans = list(_SPAN.finditer(sentence))
-        if not spans:
-            return None
-        marked = [s for s in spans if not s.group().islower()]
-        span = rng.choice(marked if marked and rng.random() < 0.8 else spans)
-        left, right = sentence[: span.start()].split(), sentence[span.end() :].split()
-        # A shortened clue asks for reading by meaning rather than for a word by word match.
-        left, right = left[-rng.randint(2, 10) :], right[: rng.randint(1, 8)]
-        gapped = " ".join([*left, "what", *right]).rstrip(".,;: ")
-        return self._context(QUESTION.format(question=gapped + "?"), f" {span.group()}")
-
-    def _completion(self, text: str, rng: random.Random) -> tuple[list[int], int] | None:
-        words = text.split(" ")
-        if len(words) < 16:
-            return None
-        start = rng.randrange(0, len(words) - 12)
-        given = rng.randint(1, 4)
-        return self._context(
-            " ".join(words[start : start + given]), " " + " ".join(words[start + given : start + 50]), end=False
-        )
+    @staticmethod
+    def _overlapping(first: Window, second: Window) -> bool:
+        return second.text[-60:] in first.text or first.text[-60:] in second.text
 
     def loss(self, decoder: Decoder, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy of targets, plus the reference's own at the phase's weight."""
+        """Cross-entropy of targets, plus pointers' and the references' own at the phase's weights."""
         phase = self.phase(step)
         if batch.mode == "text":
-            return self._text_loss(decoder, batch, step)
+            return self._text_loss(decoder, batch)
         view = decoder.using(replace(decoder.spec, tokens_per_head=batch.slots))
-        layout = view.layout(batch.contexts, padding_side="right")
-        reading, reference_loss = None, torch.zeros(())
+        assert view.spec.layers is not None
+        layout = view.layout([c.ids for c in batch.contexts], padding_side="right")
+        reading, extra, figures = None, torch.zeros(()), {}
         if batch.mode == "memory":
             stack, states = view.stack_with_states(batch.references, through=phase.reference_loss > 0)
             if states is not None:
-                reference_loss = _reference_loss(view, states, batch.references)
-            table = self._table(batch, step).to(view.device)
-            reading = Reading(stack, table, layout.chunks, view.spec)
-        states = view.forward(layout, reading, base=True, use_cache=False).last_hidden_state
-        target_loss, found = _target_loss(view, states, layout.input_ids, batch, len(view.prefix_ids), self.eos)
-        figures = {f"{batch.mode}_{name}": value for name, value in [("target", float(target_loss.detach())), *found.items()]}
+                reference = _reference_loss(view, states, batch)
+                extra, figures["reference"] = extra + phase.reference_loss * reference, float(reference.detach())
+            trace = Trace(tokens_too=True, gradient=True, layers=view.spec.layers[-1:]) if phase.pointer_loss else None
+            table = table_of(batch)
+            reading = Reading(stack, table[:, None].to(view.device), layout.chunks, view.spec, trace)
+        states = view.forward(layout, reading, base=True).last_hidden_state
+        starts = [len(view.prefix_ids) + c.target_start for c in batch.contexts]
+        target, found = _target_loss(view, states, batch.contexts, starts)
+        if reading is not None and reading.trace is not None:
+            pointer = pointer_loss(view, reading, batch, table, starts)
+            extra, figures["pointer"] = extra + phase.pointer_loss * pointer, float(pointer.detach())
+        figures |= {f"{batch.mode}_{name}": value for name, value in [("target", float(target.detach())), *found.items()]}
         if batch.mode == "memory":
             figures[f"exact_{batch.slots or 'all'}x{batch.read}"] = found["exact"]
-            figures["reference"] = float(reference_loss.detach())
-        return target_loss + phase.reference_loss * reference_loss, figures
+        return target + extra, figures
 
-    def _table(self, batch: Batch, step: int) -> Tensor:
-        """`(B, 1, R)`: each context reads its reference among others of the batch, in random order."""
-        rng = random.Random(self.seed * 7919 + step)
-        rows = []
-        for own in batch.about:
-            others = rng.sample([n for n in range(len(batch.references)) if n != own], batch.read - 1)
-            row = [own, *others]
-            rng.shuffle(row)
-            rows.append([row])
-        return torch.tensor(rows)
-
-    def _text_loss(self, decoder: Decoder, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def _text_loss(self, decoder: Decoder, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The same contexts behind the same references as plain text: the control must be able to read too."""
-        read = min(batch.read, 2)
-        table = self._table(replace(batch, read=read), step)[:, 0].tolist()
-        chosen = range(0, len(batch.contexts), 2)
+        table = table_of(replace(batch, read=min(batch.read, 3))).tolist()
+        chosen = range(0, len(batch.contexts), 3)
         bos, separator = decoder.bos_ids, decoder.tokens("\n\n")
-        contexts, starts = [], []
+        contexts = []
         for c in chosen:
+            context = batch.contexts[c]
             front = bos + [i for r in table[c] for i in [*batch.references[r], *separator]]
-            contexts.append(front + batch.contexts[c][len(bos) :])
-            starts.append(batch.target_starts[c] + len(front) - len(bos))
-        layout = decoder.layout(contexts, padding_side="right", memory=False)
-        states = decoder.forward(layout, base=True, use_cache=False).last_hidden_state
-        shown = replace(batch, contexts=contexts, target_starts=starts)
-        loss, found = _target_loss(decoder, states, layout.input_ids, shown, 0, self.eos)
+            start = context.target_start + len(front) - len(bos)
+            contexts.append(replace(context, ids=front + context.ids[len(bos) :], target_start=start))
+        layout = decoder.layout([c.ids for c in contexts], padding_side="right", memory=False)
+        states = decoder.forward(layout, base=True).last_hidden_state
+        loss, found = _target_loss(decoder, states, contexts, [c.target_start for c in contexts])
         return loss, {"text_target": float(loss.detach()), **{f"text_{name}": value for name, value in found.items()}}
 
 
-def window(decoder: Decoder, passage: Passage, answer: str | None, rng: random.Random, budget: int) -> str:
-    """Whole sentences of the passage that fit into `budget` tokens, around the answer, in one of the forms that notes have."""
-    if budget < SNIPPET:
-        return _snippet(decoder, passage.text, answer, rng, budget)
-    sentences = _SENTENCE.split(passage.text)
-    holding = [n for n, s in enumerate(sentences) if answer is not None and answer in s]
-    before = rng.randint(0, 3) if budget > 96 else rng.randint(0, 1) if budget > 64 else 0
-    first = max(0, (holding[0] if holding else rng.randrange(len(sentences))) - before)
-    draw = rng.random()
-    title = passage.title.replace("_", " ")
-    head = "" if not title or draw < 0.3 else f"# {title}\n\n" if draw < 0.7 else f"{title}\n"
-    text = head + sentences[first]
-    length = len(decoder.tokens(text))
-    for sentence in sentences[first + 1 :]:
-        length += len(decoder.tokens(" " + sentence))
-        if length > budget:
-            break
-        text += " " + sentence
-    return text
+def table_of(batch: Batch) -> Tensor:
+    """`(B, R)`: each context reads its reference among others of the batch, in random order."""
+    rng = random.Random(batch.seed)
+    rows = []
+    for own in batch.about:
+        near = [n for n in (own - 1, own + 1) if 0 <= n < len(batch.references)]  # a neighbour follows its passage
+        others = [n for n in range(len(batch.references)) if n != own and n not in near]
+        row = [own, *[*near, *rng.sample(others, max(0, min(len(others), batch.read - 1 - len(near))))][: batch.read - 1]]
+        rng.shuffle(row)
+        rows.append(row)
+    return torch.tensor(rows)
 
 
-def _snippet(decoder: Decoder, text: str, answer: str | None, rng: random.Random, budget: int) -> str:
-    """A few words around the answer, or from anywhere."""
-    words = text.split()
-    at = len(text[: text.find(answer)].split()) if answer is not None and answer in text else rng.randrange(len(words))
-    held = len((answer or "").split())
-    start = max(0, at - rng.randint(1, max(1, budget // 2 - held)))
-    end = max(at + held, start + 4)
-    while end < len(words) and len(decoder.tokens(" ".join(words[start : end + 1]))) <= budget:
-        end += 1
-    return " ".join(words[start:end])
+def pointer_loss(decoder: Decoder, reading: Reading, batch: Batch, table: Tensor, starts: Sequence[int]) -> Tensor:
+    """Mean negative log `()` of the joint attention that the first query head of each kv head of the last memory layer
+    pays to the tokens that a target token stands at; weighted as in `_weights`.
+
+    Args:
+        decoder: its last memory layer points.
+        reading: of the pass just made, whose trace kept token weights with their gradient.
+        batch: gives pointers.
+        table: `(B, R)` references of each context.
+        starts: place of each target in the layout.
+    """
+    assert decoder.spec.layers is not None and reading.trace is not None
+    layer = decoder.spec.layers[-1]
+    weights = reading.trace.tokens[layer]  # (B, Q, heads, R, K)
+    rows: list[tuple[int, int, int, int, int, int]] = []  # pointed token, context, query, place in the table, reference, token
+    weight: list[float] = []
+    for b, (context, start, own) in enumerate(zip(batch.contexts, starts, batch.about, strict=True)):
+        place = table[b].tolist().index(own)
+        for n, (tokens, share) in enumerate(zip(context.pointers, _weights(len(context.pointers)), strict=True)):
+            if tokens:
+                rows += [(len(weight), b, start + n - 1, place, own, token) for token in tokens]
+                weight.append(share)
+    pointed, b, query, place, own, token = torch.tensor(rows, device=weights.device).T
+    paid = weights[b, query, :, place].unflatten(1, (len(decoder.spec.heads_of(layer)), -1))[:, :, 0]  # (E, heads, K)
+    mass = (paid * _stands_at(reading.stack, decoder.spec.rows_of(layer), own, token)).sum(-1).mean(-1)
+    total = mass.new_zeros(len(weight)).index_add(0, pointed, mass)
+    shares = torch.tensor(weight, device=mass.device)
+    loss: Tensor = -(total.clamp(min=LEAST_MASS).log() * shares).sum() / shares.sum()
+    return loss
 
 
-def _drawn(pairs: Sequence[tuple[Any, float]], rng: random.Random) -> Any:
-    return rng.choices([v for v, _ in pairs], [w for _, w in pairs])[0]
+def _weights(length: int) -> list[float]:
+    """Weights of the tokens of a target, which add up to 1."""
+    return [(FIRST_WEIGHT if n == 0 else 1.0) / (FIRST_WEIGHT + length - 1) for n in range(length)]
 
 
-def _reference_loss(decoder: Decoder, states: Tensor, references: Sequence[Sequence[int]]) -> Tensor:
-    """Next-token cross-entropy `()` on half of the references' tokens; states `(N, T, d)`.
+def _stands_at(stack: MemoryStack, rows: slice, reference: Tensor, token: Tensor) -> Tensor:
+    """`(E, heads, K)` bool: slots that hold a token of a reference."""
+    slot = torch.arange(stack.positions.shape[2], device=token.device)
+    valid = slot[None, :] < stack.counts[reference][:, None]
+    at: Tensor = stack.positions[reference][:, rows] == token[:, None, None]
+    return at & valid[:, None]
 
-    Half, because at this size the vocabulary costs as much as half of the layers.
+
+def _reference_loss(decoder: Decoder, states: Tensor, batch: Batch) -> Tensor:
+    """Next-token cross-entropy `()` on a third of the references' tokens, drawn from the batch's seed; states `(N, T, d)`.
+
+    A third, because at this size the vocabulary costs as much as half of the layers.
     """
     longest = states.shape[1]
-    labels = torch.tensor([[*r, *[-100] * (longest - len(r))] for r in references], device=states.device)[:, 1:]
-    chosen = (labels >= 0) & (torch.rand(labels.shape, device=labels.device) < 0.5)
+    labels = torch.tensor([[*r, *[-100] * (longest - len(r))] for r in batch.references])[:, 1:]
+    third = torch.rand(labels.shape, generator=torch.Generator().manual_seed(batch.seed)) < 1 / 3
+    chosen, labels = ((labels >= 0) & third).to(states.device), labels.to(states.device)
     logits = decoder.model.get_output_embeddings()(states[:, :-1][chosen])
     return functional.cross_entropy(logits.float(), labels[chosen])
 
 
 def _target_loss(
-    decoder: Decoder, states: Tensor, input_ids: Tensor, batch: Batch, prefix: int, eos: int
-) -> tuple[Tensor, dict[str, float]]:
+    decoder: Decoder, states: Tensor, contexts: Sequence[Context], starts: Sequence[int]
+) -> tuple[Tensor, dict[str, Any]]:
     """Cross-entropy `()` of the targets in right-padded contexts, every context counting the same whatever its length.
 
-    The figures are the share of target tokens that are predicted, and of questions whose whole answer is.
+    The figures are the share of target tokens that are predicted, of first ones, and of whole answers.
     """
-    weight = torch.zeros(input_ids.shape, device=states.device)
-    for row, (context, start) in enumerate(zip(batch.contexts, batch.target_starts, strict=True)):
-        weight[row, prefix + start : prefix + len(context)] = 1 / (len(context) - start)
-    weight = weight[:, 1:]
-    target = weight > 0
-    labels = input_ids[:, 1:][target]
-    logits = decoder.model.get_output_embeddings()(states[:, :-1][target]).float()
-    hits = torch.zeros_like(weight)
-    hits[target] = (logits.detach().argmax(-1) == labels).float()
-    whole = [float(hits[n].sum() == target[n].sum()) for n, c in enumerate(batch.contexts) if c[-1] == eos]
-    loss = (functional.cross_entropy(logits, labels, reduction="none") * weight[target]).sum() / len(batch.contexts)
-    return loss, {"accuracy": float(hits[target].mean()), "exact": sum(whole) / max(1, len(whole))}
+    end = decoder.tokenizer.eos_token_id
+    targets = [c.ids[c.target_start :] for c in contexts]
+    rows = torch.tensor([b for b, t in enumerate(targets) for _ in t], device=states.device)
+    places = torch.tensor([start + n - 1 for start, t in zip(starts, targets, strict=True) for n in range(len(t))])
+    labels = torch.tensor([i for t in targets for i in t], device=states.device)
+    weight = torch.tensor([w for t in targets for w in _weights(len(t))], device=states.device)
+    logits = decoder.model.get_output_embeddings()(states[rows, places.to(states.device)]).float()
+    hits = (logits.detach().argmax(-1) == labels).float()
+    wrong = torch.zeros(len(targets), device=states.device).index_add(0, rows, 1 - hits)
+    answers = torch.tensor([t[-1] == end for t in targets], device=states.device)
+    loss = (functional.cross_entropy(logits, labels, reduction="none") * weight).sum() / len(targets)
+    exact = float((wrong[answers] == 0).float().mean()) if bool(answers.any()) else 0.0
+    first = torch.tensor([n == 0 for t in targets for n in range(len(t))], device=states.device)
+    return loss, {"accuracy": float(hits.mean()), "first": float(hits[first].mean()), "exact": exact}
