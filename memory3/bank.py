@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +18,9 @@ import torch
 
 from memory3.catalogue import FOLDER, Catalogue, Entry, Hit, check_id
 from memory3.codec import Codec, RawCodec
+from memory3.journal import Deletion
 from memory3.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from memory3.shards import Shards
+from memory3.shards import Place, Shards
 from memory3.spec import BankError, BankMismatch, Memory, MemorySpec, Reference
 
 __all__ = ["Bank", "Hit", "MemoryWriter"]
@@ -123,6 +124,14 @@ class Bank:
         """All sources and how many references each has."""
         return self._catalogue.sources()
 
+    def places(self) -> dict[str, Place]:
+        """Shard and slot of every memory's record."""
+        return self._catalogue.every_place()
+
+    def spans(self) -> list[tuple[str, str]]:
+        """Memory and source of every span."""
+        return self._catalogue.every_span()
+
     def missing(self, ids: Iterable[str]) -> list[str]:
         """Those ids that the bank has no memory for, in order, each once."""
         wanted = list(dict.fromkeys(ids))
@@ -144,7 +153,7 @@ class Bank:
         """
         places = self._catalogue.locate(ids)
         self._refuse_unknown(id for id in ids if id not in places)
-        return [self._read(id, *places[id]) for id in ids]
+        return [self._read(id, places[id]) for id in ids]
 
     def search(self, query: str, k: int) -> list[Hit]:
         """The `k` memories whose text shares most with the words of the query (BM25); score descending, then id."""
@@ -185,6 +194,7 @@ class Bank:
         if len(references) != len(memories):
             raise BankError(f"found {len(memories)} memories for {len(references)} references, expected one each")
         by_id = {r.id: (_storable(r), m) for r, m in zip(reversed(references), reversed(memories), strict=True)}
+        self._refuse_without_model()
         with self.exclusive():
             new = [by_id[id] for id in self.missing(r.id for r in references)]
             if new:
@@ -194,45 +204,106 @@ class Bank:
 
     def add_sources(self, references: Sequence[Reference]) -> int:
         """Note further places of texts that the bank has; how many were new. `BankError` for texts it does not have."""
+        self._refuse_without_model()
         with self.exclusive():
             self._refuse_unknown(self.missing(_storable(r).id for r in references))
             return self._catalogue.add_spans(references)
 
     def delete(self, ids: Iterable[str]) -> int:
-        """Remove memories with all their sources and zero their records; how many. `BankError` for unknown ids."""
+        """Remove memories with their texts, sources and index entries, and zero their records; how many.
+
+        What is removed is gone from every file of the bank, older versions of the tables included. After a kill, the next
+        writer finishes the work. `BankError` for unknown ids.
+        """
         wanted = list(dict.fromkeys(ids))
         with self.exclusive():
             self._refuse_unknown(self.missing(wanted))
             self._forget(wanted)
         return len(wanted)
 
-    def delete_source(self, source: str) -> int:
-        """Remove a source; a memory goes with the last of its (source, span) rows. How many memories went."""
+    def delete_source(self, *sources: str) -> int:
+        """Remove sources; a memory goes with the last of its (source, span) rows. How many memories went."""
         with self.exclusive():
-            orphans = self._catalogue.delete_source(source)
+            orphans = self._catalogue.orphans(sources)
+            self._forget(orphans, sources)
+        return len(orphans)
+
+    def delete_where(self, condition: str) -> int:
+        """Remove the memories that an SQL condition on `id`, `text`, `tokens` and `created` selects; how many."""
+        with self.exclusive():
+            return self.delete(row["id"] for row in self._catalogue.where(condition))
+
+    def replace_sources(self, references: Mapping[str, Sequence[Reference]]) -> int:
+        """Forget what changed documents no longer say: spans of these sources that are not among their references now.
+
+        Args:
+            references: for each source all of its references; they are in the bank.
+
+        Returns:
+            How many memories went, because no source has them any more.
+        """
+        with self.exclusive():
+            stale = [s for source, now in references.items() for s in self._catalogue.spans_of(source) if s not in set(now)]
+            if not stale:
+                return 0
+            gone = {(s.id, s.source, s.start, s.end) for s in stale}
+            kept = {
+                id
+                for id, spans in self._catalogue.references({s.id for s in stale}).items()
+                if any((id, s.source, s.start, s.end) not in gone for s in spans)
+            }
+            self._catalogue.delete_spans(stale)
+            orphans = list(dict.fromkeys(s.id for s in stale if s.id not in kept))
             self._forget(orphans)
         return len(orphans)
+
+    def where(self, condition: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+        """`id`, `text`, `tokens` and `created` of the memories that an SQL condition on these selects, by id."""
+        return self._catalogue.where(condition, limit)
 
     def refresh(self) -> None:
         """Bring the indexes up to date. Searches find new rows before that too, more slowly."""
         with self.exclusive():
             self._catalogue.optimise()
 
+    def compact(self) -> int:
+        """Give the space of records that no row points at back to the disk; how many bytes.
+
+        Records are copied to new files first and the rows moved in one commit, so readers go on and a kill costs nothing but
+        the space of the copies, which the next `compact` finds.
+        """
+        with self.exclusive():
+            before = self._shards.total_bytes()
+            places = self._catalogue.every_place()
+            if before > len(places) * self.record_bytes:
+                old = self._shards.numbers()
+                ids = sorted(places, key=places.__getitem__)
+                moved = self._shards.copy_to_new([places[id] for id in ids])
+                if ids:
+                    self._catalogue.move(dict(zip(ids, moved, strict=True)))
+                self._shards.remove(old)
+            self._catalogue.optimise()
+            return before - self._shards.total_bytes()
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes whenever anything is committed to the bank."""
+        return self._catalogue.version
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Be the only writer inside the block, across processes; may be nested.
+        """Be the only writer inside the block, across processes; may be nested. A deletion that a kill interrupted is
+        finished first.
 
         Raises:
-            BankError: another writer is at work, or the bank was opened without a decoder.
+            BankError: another writer is at work, or the folder cannot be written.
         """
-        if self.decoder is None:
-            raise BankError(
-                f"{self.path} was opened without a model, to be looked at: open it with the model that wrote it to write"
-            )
         if self._depth == 0:
             self._lock = self._take_lock()
         self._depth += 1
         try:
+            if self._depth == 1:
+                self._finish_deletion()
             yield
         finally:
             self._depth -= 1
@@ -284,16 +355,44 @@ class Bank:
         places = self._shards.append(records)
         self._catalogue.add_memories([Entry(*row) for row in zip(references, lengths, places, strict=True)])
 
-    def _read(self, id: str, shard: int, slot: int) -> Memory:
-        record = self._shards.read(shard, slot)
-        memory = self.manifest.codec.decode(record, self.manifest.shape, id, self._shards.describe((shard, slot)))
+    def _read(self, id: str, place: Place) -> Memory:
+        """One memory; looked up again where a writer moved or erased the record since."""
+        try:
+            memory = self._decoded(id, place)
+        except BankError:
+            now = self._catalogue.locate([id])
+            self._refuse_unknown(() if id in now else (id,))
+            if now[id] == place:
+                raise
+            memory = self._decoded(id, now[id])
         dtype = memory.keys.dtype if self.decoder is None else self.decoder.dtype
         return Memory(memory.keys.to(dtype), memory.values.to(dtype), memory.positions)
 
-    def _forget(self, ids: Sequence[str]) -> None:
-        places = self._catalogue.locate(ids)
-        self._catalogue.delete(ids)
-        self._shards.erase(places.values())
+    def _decoded(self, id: str, place: Place) -> Memory:
+        record = self._shards.read(*place)
+        return self.manifest.codec.decode(record, self.manifest.shape, id, self._shards.describe(place))
+
+    def _forget(self, ids: Sequence[str], sources: Sequence[str] = ()) -> None:
+        """Delete under the protection of a journal, from every version."""
+        Deletion(sources, self._catalogue.locate(ids)).save(self.path)
+        self._finish_deletion()
+
+    def _finish_deletion(self) -> None:
+        """Do what the journal says; it goes when nothing of it is left to do."""
+        deletion = Deletion.load(self.path)
+        if deletion is None:
+            return
+        self._catalogue.delete_sources(deletion.sources)
+        self._catalogue.delete(list(deletion.places))
+        self._shards.erase(deletion.places.values())
+        self._catalogue.purge()
+        Deletion.clear(self.path)
+
+    def _refuse_without_model(self) -> None:
+        if self.decoder is None:
+            raise BankError(
+                f"{self.path} was opened without a model, to be looked at: open it with the model that wrote it to write"
+            )
 
     def _refuse_unknown(self, ids: Iterable[str]) -> None:
         unknown = [check_id(id) for id in ids]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ FOLDER = "index.lance"
 _IDS_PER_QUERY = 1024
 _TIES = 32
 _KEPT_VERSIONS = timedelta(hours=1)
+_ATTEMPTS = 4
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -55,13 +58,14 @@ class Catalogue:
             database = lancedb.connect(folder, read_consistency_interval=timedelta(0))
             if create:
                 _create(database)
+            self._folder = Path(folder)
             self._memories, self._sources = database.open_table("memories"), database.open_table("sources")
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise BankError(f"{folder} cannot be opened ({reason}): restore it from a copy, or write a new bank") from error
 
     def __len__(self) -> int:
-        return int(self._memories.count_rows())
+        return int(_read(self._memories, lambda t: t.count_rows()))
 
     def locate(self, ids: Iterable[str]) -> dict[str, Place]:
         """Places of those memories that exist."""
@@ -79,18 +83,20 @@ class Catalogue:
 
     def ids(self) -> list[str]:
         """All ids, ascending."""
-        return sorted(self._memories.search().select(["id"]).to_arrow()["id"].to_pylist())
+        return sorted(_read(self._memories, lambda t: t.search().select(["id"]).to_arrow())["id"].to_pylist())
 
     def sources(self) -> dict[str, int]:
         """All sources and how many spans each has, by name."""
-        counts = self._sources.search().select(["source"]).to_arrow()["source"].value_counts().to_pylist()
+        found = _read(self._sources, lambda t: t.search().select(["source"]).to_arrow())
+        counts = found["source"].value_counts().to_pylist()
         return {row["values"]: row["counts"] for row in sorted(counts, key=lambda row: str(row["values"]))}
 
     def text_bytes(self) -> int:
         """Bytes of all texts in UTF-8."""
         import pyarrow.compute as pc
 
-        return int(pc.sum(pc.binary_length(self._memories.search().select(["text"]).to_arrow()["text"])).as_py() or 0)
+        texts = _read(self._memories, lambda t: t.search().select(["text"]).to_arrow())["text"]
+        return int(pc.sum(pc.binary_length(texts)).as_py() or 0)
 
     def search(self, text: str, k: int) -> list[Hit]:
         """The `k` best memories by BM25 for the words of `text`; score descending, then id.
@@ -102,7 +108,9 @@ class Catalogue:
         if k < 1 or not text.strip():
             return []
         query = MatchQuery(text.encode("utf-8", "replace").decode("utf-8"), "text")
-        found = self._memories.search(query, query_type="fts").select(["id", "_score"]).limit(k + _TIES).to_arrow()
+        found = _read(
+            self._memories, lambda t: t.search(query, query_type="fts").select(["id", "_score"]).limit(k + _TIES).to_arrow()
+        )
         hits = [Hit(row["id"], float(row["_score"])) for row in found.to_pylist()]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
 
@@ -141,20 +149,98 @@ class Catalogue:
             self._memories.delete(_among("id", some))
             self._sources.delete(_among("memory", some))
 
-    def delete_source(self, source: str) -> list[str]:
-        """Remove the spans of a source; the memories that are left without any, themselves still there."""
-        quoted = source.replace("'", "''")
-        condition = f"source = '{quoted}'"
-        touched = self._sources.search().where(condition).select(["memory"]).to_arrow()["memory"].to_pylist()
-        self._sources.delete(condition)
-        ids = list(dict.fromkeys(touched))
-        kept = {row[0] for row in self._spans(ids)}
+    def delete_sources(self, sources: Sequence[str]) -> None:
+        """Remove the spans of sources."""
+        if sources:
+            self._sources.delete(_any_of("source", sources))
+
+    def delete_spans(self, spans: Iterable[Reference]) -> None:
+        """Remove single rows of `sources`."""
+        conditions = [
+            f'(memory = \'{check_id(s.id)}\' AND {_any_of("source", [s.source])} AND "start" = {s.start} AND "end" = {s.end})'
+            for s in spans
+        ]
+        for n in range(0, len(conditions), _IDS_PER_QUERY):
+            self._sources.delete(" OR ".join(conditions[n : n + _IDS_PER_QUERY]))
+
+    def orphans(self, sources: Sequence[str]) -> list[str]:
+        """Memories that would be left without any span if these sources went, themselves still there."""
+        if not sources:
+            return []
+        condition = _any_of("source", sources)
+        touched = _read(self._sources, lambda t: t.search().where(condition).select(["memory"]).to_arrow())
+        ids, gone = list(dict.fromkeys(touched["memory"].to_pylist())), set(sources)
+        kept = {id for id, source, _, _ in self._spans(ids) if source not in gone}
         return [id for id in ids if id not in kept]
+
+    def spans_of(self, source: str) -> list[Reference]:
+        """All references of a source, with their texts."""
+        condition = _any_of("source", [source])
+        rows = _read(self._sources, lambda t: t.search().where(condition).select(list(_SPAN)).to_arrow()).to_pylist()
+        texts = {r["id"]: r["text"] for r in _rows_with(self._memories, "id", {r["memory"] for r in rows}, ("id", "text"))}
+        return [Reference(texts[r["memory"]], source, r["start"], r["end"]) for r in rows if r["memory"] in texts]
+
+    def where(self, condition: str | None, limit: int | None = None) -> list[dict[str, Any]]:
+        """Rows `id`, `text`, `tokens`, `created` of `memories` that an SQL condition on these columns selects, by id.
+
+        Raises:
+            BankError: LanceDB does not understand the condition.
+        """
+        columns = ["id", "text", "tokens", "created"]
+        query = self._memories.search().select(columns)
+        try:
+            found = (query if condition is None else query.where(condition)).limit(limit or None).to_arrow().to_pylist()
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise BankError(
+                f"found the filter {condition!r} ({reason}), expected SQL on the columns {', '.join(columns)}"
+            ) from None
+        return sorted(found, key=lambda row: row["id"])
+
+    def every_place(self) -> dict[str, Place]:
+        """Places of all memories."""
+        rows = _read(self._memories, lambda t: t.search().select(["id", "shard", "slot"]).to_arrow()).to_pylist()
+        return {row["id"]: (row["shard"], row["slot"]) for row in rows}
+
+    def every_span(self) -> list[tuple[str, str]]:
+        """Memory and source of every row of `sources`."""
+        rows = _read(self._sources, lambda t: t.search().select(["memory", "source"]).to_arrow()).to_pylist()
+        return [(row["memory"], row["source"]) for row in rows]
+
+    def move(self, places: Mapping[str, Place]) -> None:
+        """Note new places of records, in one commit."""
+        import pyarrow as pa
+
+        columns = {"id": list(places), "shard": [p[0] for p in places.values()], "slot": [p[1] for p in places.values()]}
+        schema = pa.schema([_memories_schema().field(name) for name in columns])
+        self._memories.merge_insert("id").when_matched_update_all().execute(pa.Table.from_pydict(columns, schema=schema))
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes whenever anything is committed to the tables."""
+        return int(self._memories.version), int(self._sources.version)
 
     def optimise(self) -> None:
         """Bring the indexes up to date, join small files, and drop versions of the tables older than an hour."""
         for table in (self._memories, self._sources):
             table.optimize(cleanup_older_than=_KEPT_VERSIONS)
+
+    def purge(self) -> None:
+        """Take deleted rows out of every file: data is rewritten without them, indexes are made anew, and all older versions
+        go, tagged ones too. Deletion beats snapshots.
+        """
+        import lance
+
+        for table, name in ((self._memories, "memories"), (self._sources, "sources")):
+            stored = lance.dataset(str(self._folder / f"{name}.lance"))
+            for tag in stored.tags.list():
+                stored.tags.delete(tag)
+            stored.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
+            table.checkout_latest()
+            _index(table, name, replace=True)
+            stored = lance.dataset(str(self._folder / f"{name}.lance"))
+            stored.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
+            table.checkout_latest()
 
     def _spans(self, ids: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
         for row in _rows_with(self._sources, "memory", ids, _SPAN):
@@ -173,7 +259,27 @@ def check_id(id: str) -> str:
 
 def _rows_with(table: Any, column: str, ids: Iterable[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     for some in _batches(list(dict.fromkeys(ids))):
-        yield from table.search().where(_among(column, some)).select(list(columns)).to_arrow().to_pylist()
+        yield from _read(table, partial(_selected, condition=_among(column, some), columns=columns))
+
+
+def _selected(table: Any, condition: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = table.search().where(condition).select(list(columns)).to_arrow().to_pylist()
+    return rows
+
+
+def _read(table: Any, query: Callable[[Any], Any]) -> Any:
+    """A query of the newest version; once more where a writer rewrote the files that it was about to read."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return query(table)
+        except (OSError, RuntimeError, ValueError) as error:
+            if attempt == _ATTEMPTS - 1:
+                reason = str(error).splitlines()[0]
+                raise BankError(
+                    f"the tables cannot be read ({reason}): check them with memory3 bank verify, or restore them from a copy"
+                ) from error
+            table.checkout_latest()
+            time.sleep(0.02 * attempt)
 
 
 def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -186,19 +292,25 @@ def _among(column: str, ids: Sequence[str]) -> str:
     return f"{column} IN ({listed})"
 
 
+def _any_of(column: str, values: Sequence[str]) -> str:
+    """An SQL condition on any texts."""
+    listed = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+    return f"{column} IN ({listed})"
+
+
 def _create(database: Any) -> None:
     """Empty tables with their indexes; what is already there stays."""
+    for name, schema in (("memories", _memories_schema()), ("sources", _sources_schema())):
+        _index(database.create_table(name, schema=schema, exist_ok=True), name)
+
+
+def _index(table: Any, name: str, replace: bool = False) -> None:
     from lancedb.index import FTS, BTree
 
-    memories = database.create_table("memories", schema=_memories_schema(), exist_ok=True)
-    sources = database.create_table("sources", schema=_sources_schema(), exist_ok=True)
-    for table, column, index in (
-        (memories, "text", FTS(with_position=False)),
-        (memories, "id", BTree()),
-        (sources, "memory", BTree()),
-    ):
-        if not any(column in existing.columns for existing in table.list_indices()):
-            table.create_index(column, config=index)
+    wanted = {"memories": {"text": FTS(with_position=False), "id": BTree()}, "sources": {"memory": BTree()}}[name]
+    for column, index in wanted.items():
+        if replace or not any(column in existing.columns for existing in table.list_indices()):
+            table.create_index(column, config=index, replace=replace)
 
 
 def _memories_schema() -> pa.Schema:

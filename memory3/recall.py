@@ -56,6 +56,14 @@ class MemoryCache:
         while self.nbytes > self.limit_bytes:
             self.nbytes -= self._held.popitem(last=False)[1].nbytes
 
+    def ids(self, bank: int) -> list[str]:
+        """What it holds of a bank."""
+        return [id for holder, id in self._held if holder == bank]
+
+    def drop(self, key: tuple[int, str]) -> None:
+        """Forget a memory."""
+        self.nbytes -= self._held.pop(key).nbytes
+
 
 class Recaller(Protocol):
     """What generation needs of a recall."""
@@ -115,6 +123,7 @@ class Recall:
         self.cache = MemoryCache(cache_bytes)
         self.fixed = None if references is None else list(references)
         self._retrievers: list[Retriever] = [RETRIEVERS[retriever](bank) for bank in self.banks]
+        self._versions = [bank.version for bank in self.banks]
         self.check(decoder)
 
     def check(self, decoder: MemoryWriter) -> None:
@@ -125,6 +134,7 @@ class Recall:
 
     def __call__(self, queries: Sequence[str], texts: Sequence[str] | None = None) -> list[Recalled]:
         """One recall per query; `texts` are what the overlap filter compares with, by default the queries."""
+        self._forget_deleted()
         if self.fixed is not None:
             places = self._fixed_places()
             return [self._loaded(query, places) for query in queries]
@@ -140,6 +150,15 @@ class Recall:
             places = sorted(best.values(), key=lambda place: (-place[1].score, place[1].id))
             results.append(self._loaded(query, self._kept(places, (texts or queries)[n])[: self.count]))
         return results
+
+    def _forget_deleted(self) -> None:
+        """What was deleted from a bank since the last recall, by whichever process, goes from the RAM cache too."""
+        for b, bank in enumerate(self.banks):
+            version = bank.version
+            if version != self._versions[b]:
+                for id in bank.missing(self.cache.ids(b)):
+                    self.cache.drop((b, id))
+                self._versions[b] = version
 
     def _kept(self, places: list[tuple[int, Hit]], text: str) -> list[tuple[int, Hit]]:
         if self.min_score is not None:

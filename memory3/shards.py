@@ -27,7 +27,7 @@ class Shards:
 
     def __init__(self, folder: Path, record_bytes: int, per_shard: int) -> None:
         self.folder, self.record_bytes, self.per_shard = folder, record_bytes, per_shard
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, tuple[int, mmap.mmap]] = {}  # inode and view: a number may come again as another file
 
     def append(self, records: Sequence[bytes]) -> list[Place]:
         """Write records behind all others and sync them to disk; their places, in order.
@@ -65,13 +65,53 @@ class Shards:
             except OSError as error:
                 raise BankError(f"{self._path(shard)} cannot be erased in ({error.strerror}): make it writable") from error
 
+    def numbers(self) -> list[int]:
+        """Numbers of the shard files, ascending."""
+        return sorted(self._sizes())
+
+    def copy_to_new(self, places: Sequence[Place]) -> list[Place]:
+        """Copy records, in this order, into files with numbers above all others; their new places.
+
+        Raises:
+            BankError: the disk is full or refuses, or a record cannot be read; the new files are gone again.
+        """
+        first = max(self._sizes(), default=-1) + 1
+        moved: list[Place] = []
+        try:
+            for start in range(0, len(places), self.per_shard):
+                number = first + start // self.per_shard
+                some = places[start : start + self.per_shard]
+                with self._path(number).open("wb") as file:
+                    for place in some:
+                        file.write(self.read(*place))
+                    file.flush()
+                    os.fsync(file.fileno())
+                moved += [(number, slot) for slot in range(len(some))]
+            sync_folder(self.folder)
+        except (OSError, BankError) as error:
+            self.remove(number for number in self._sizes() if number >= first)
+            if isinstance(error, BankError):
+                raise
+            raise BankError(
+                f"{self.folder} cannot be compacted ({error.strerror}), it is as it was: free some space"
+            ) from error
+        return moved
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Remove shard files; readers that mapped one go on reading it until they look their records up again."""
+        for number in list(numbers):
+            self._path(number).unlink(missing_ok=True)
+            self._maps.pop(number, None)
+        if self.folder.is_dir():
+            sync_folder(self.folder)
+
     def total_bytes(self) -> int:
         """Bytes of all shard files."""
         return sum(self._sizes().values())
 
     def close(self) -> None:
         """Unmap everything; a later read maps again."""
-        for view in self._maps.values():
+        for _, view in self._maps.values():
             view.close()
         self._maps.clear()
 
@@ -115,16 +155,17 @@ class Shards:
         """The mapped shard, at least `end` bytes long; the size is asked each time, for a cut file would kill the process."""
         path = self._path(shard)
         try:
-            size = path.stat().st_size
+            status = path.stat()
+            size = status.st_size
             if not 0 < end <= size:
                 raise BankError(
                     f"{path} has {size} bytes, expected at least {end}: it was cut; write its documents again (memory3 write)"
                 )
-            view = self._maps.get(shard)
-            if view is None or len(view) < end:
+            inode, view = self._maps.get(shard, (None, None))
+            if view is None or inode != status.st_ino or len(view) < end:
                 with path.open("rb") as file:
                     view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-                self._maps[shard] = view
+                self._maps[shard] = (status.st_ino, view)
             return view
         except OSError as error:
             raise BankError(

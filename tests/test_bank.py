@@ -178,7 +178,7 @@ def test_another_codec_is_refused(tmp_path: Path) -> None:
         Bank(tmp_path, FakeDecoder(), codec=RawCodec("float32"))
 
 
-def test_without_a_model_a_bank_can_be_looked_at_but_not_written(tmp_path: Path) -> None:
+def test_without_a_model_a_bank_can_be_looked_at_and_forget_but_learns_nothing(tmp_path: Path) -> None:
     _, [one] = filled(tmp_path, "one")
     bank = Bank(tmp_path)
     assert bank.search("one", 1)[0].id == one.id
@@ -187,9 +187,10 @@ def test_without_a_model_a_bank_can_be_looked_at_but_not_written(tmp_path: Path)
     assert (stats["references"], stats["sources"], stats["text_bytes"], stats["tokens_per_head"]) == (1, 1, 3, 4)
     assert json.loads(json.dumps(stats)) == stats
     assert stats["bytes"] == sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
-    for write in (lambda: bank.delete([one.id]), lambda: bank.add_sources([one]), bank.refresh):
+    for write in (lambda: bank.add([one], FakeDecoder().encode(["one"])), lambda: bank.add_sources([one])):
         with pytest.raises(BankError, match="opened without a model"):
             write()
+    assert bank.delete([one.id]) == 1  # forgetting needs no model
 
 
 def edited(**changes: object) -> Callable[[dict[str, object]], str]:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from memory3.answering import answer
 from memory3.bank import Bank
 from memory3.cli import INCOMPLETE, app
+from memory3.cli.bank import FAULTY
 from memory3.decoder import attach
 from memory3.recall import Recall
 from memory3.spec import MemorySpec, Reference
@@ -23,7 +24,18 @@ from memory3.writing import write
 PAGE = Path(__file__).parent.parent / "docs" / "json.md"
 FACTS = ("The tower was completed in 1889.", "Salt melts at 801 degrees.", "A group of crows is a murder.")
 QUESTION = "When was the tower completed?"
-COMMANDS = ("write", "ask", "generate", "bank stats")
+COMMANDS = (
+    "write",
+    "ask",
+    "generate",
+    "bank stats",
+    "bank list",
+    "bank delete",
+    "bank verify",
+    "bank compact",
+    "bank export",
+    "bank import",
+)
 TABLES: dict[str, dict[str, str]] = {
     heading: dict(re.findall(r"^\| `([^`]+)` \| ([a-z ]+) \|", section, re.M))
     for heading, section in re.findall(r"^## `([a-z ]+) --json`\n(.*?)(?=^## |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
@@ -97,6 +109,15 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         for more in ([], ["--no-memory"], ["--min-score", "1e9"]):
             run("generate", "The tower", *asking, *more)
         run("bank stats", str(bank), "--json")
+        run("bank list", str(bank), "--json")
+        run("bank export", str(bank), str(folder / "bank.tar"), "--json")
+        run("bank import", str(folder / "bank.tar"), "--bank", str(folder / "copy"), "--json")
+        run("bank verify", str(bank), "--json")
+        shard = folder / "copy" / "shards" / "00000.kv"
+        shard.write_bytes(shard.read_bytes()[:-1])
+        run("bank verify", str(folder / "copy"), "--absent", "tower", "--json", code=FAULTY)
+        run("bank delete", str(folder / "copy"), "--where", "tokens > 0", "--json")
+        run("bank compact", str(folder / "copy"), "--json")
     with attach(tiny_model("llama"), tiny_tokenizer(), MemorySpec(tokens_per_head=None)) as decoder:
         opened = Bank(dense, decoder, create=True)
         write(decoder, [Reference(fact) for fact in FACTS], opened)

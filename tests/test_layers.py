@@ -13,9 +13,9 @@ PACKAGE = Path(memory3.__file__).parent
 ROWS = [
     ["spec"],
     ["attention", "rotation", "identity", "selection", "codec", "documents", "shards"],
-    ["family", "catalogue", "manifest", "splitting"],
+    ["family", "catalogue", "manifest", "journal", "splitting"],
     ["decoder", "bank"],
-    ["writing", "retrieval", "loading", "sampling"],
+    ["writing", "retrieval", "loading", "sampling", "verifying", "archive"],
     ["recall"],
     ["generation", "scoring"],
     ["answering"],
@@ -24,6 +24,8 @@ ROWS = [
     ["train.reading", "train.sequences", "evaluate.reading"],
     ["train.recipe", "evaluate.picture"],
     ["train.stages", "evaluate.demo"],
+    ["cli.common"],
+    ["cli.commands", "cli.bank"],
     ["cli"],
     ["__main__"],
 ]
@@ -34,7 +36,9 @@ RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
 
 def modules() -> dict[str, Path]:
     found = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
-    return {name: path for name, path in found.items() if not name.endswith("__init__")}
+    packages = {name.removesuffix(".__init__"): path for name, path in found.items() if name.endswith(".__init__")}
+    found = {name: path for name, path in found.items() if not name.endswith("__init__")}
+    return found | {name: path for name, path in packages.items() if len(ast.parse(path.read_text()).body) > 1}
 
 
 def imported(path: Path) -> set[str]:

@@ -1,21 +1,33 @@
-"""The command line: one thin function per command; heavy imports happen inside."""
+"""Write, ask, generate, train, eval, demo: one thin function per command; heavy imports happen inside."""
 
 from __future__ import annotations
 
 import json
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memory3.cli.common import (
+    Banks,
+    Device,
+    Dtype,
+    Json,
+    MaxTokens,
+    MinScore,
+    Model,
+    Sample,
+    Seed,
+    TokensPerHead,
+    config_of,
+    decoder_of,
+    progress,
+    recall_of,
+)
 from memory3.spec import Memory3Error
 
 if TYPE_CHECKING:
-    from memory3.bank import Bank
     from memory3.decoder import Decoder
     from memory3.recall import Recall
 
@@ -24,39 +36,6 @@ app = typer.Typer(
 )
 INCOMPLETE = 3
 """Exit code of a write that left documents out."""
-
-bank_app = typer.Typer(no_args_is_help=True, help="Look at a bank.")
-app.add_typer(bank_app, name="bank")
-
-Model = Annotated[str | None, typer.Option(help="Folder or hub name of a decoder; by default the model that ships.")]
-Banks = Annotated[list[Path] | None, typer.Option("--bank", help="Bank to recall from; may be given several times.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
-MinScore = Annotated[float | None, typer.Option(help="Recall nothing that scores below.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most new tokens.")]
-Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
-Sample = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Sample at this temperature; default greedy.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU where there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default that of the model's files.")]
-TokensPerHead = Annotated[int | None, typer.Option(min=1, help="Overrule the model's kept tokens per head.")]
-
-
-def main() -> None:
-    """Run the command line; an expected error is one sentence on stderr and exit code 1."""
-    warnings.showwarning = _warned
-    try:
-        app()
-    except Memory3Error as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:
-        sys.exit(141)
-
-
-def _warned(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
-) -> None:
-    if issubclass(category, UserWarning):
-        print(f"warning: {message}", file=sys.stderr)
 
 
 @app.command()
@@ -79,10 +58,10 @@ def write(
     from memory3.writing import write as write_references
 
     unreadable: list[Memory3Error] = []
-    with _decoder(model, tokens_per_head, device, dtype) as decoder:
+    with decoder_of(model, tokens_per_head, device, dtype) as decoder:
         # Sources first: a bank is not made for documents that are not there.
         found = references(list(sources), decoder, text_field=text_field, on_unreadable=unreadable.append)
-        with Bank(bank, decoder, create=True) as opened, _progress("writing") as tell:
+        with Bank(bank, decoder, create=True) as opened, progress("writing") as tell:
             report = write_references(decoder, found, opened, batch_size=batch_size, on_progress=tell)
     for error in unreadable:
         print(f"left out: {error}", file=sys.stderr)
@@ -124,16 +103,16 @@ def ask(
         raise SourceError("found both or neither of a question and --questions, expected one of them")
     if no_memory and text:
         raise SourceError("found both --no-memory and --text, expected one of them: closed book, or the references as text")
-    with _decoder(model, tokens_per_head, device, dtype) as decoder:
-        recall = None if no_memory else _recall(bank, decoder, min_score=min_score, count=count)
-        options = {"config": _config(decoder, temperature), "max_new_tokens": max_tokens, "seed": seed}
+    with decoder_of(model, tokens_per_head, device, dtype) as decoder:
+        recall = None if no_memory else recall_of(bank, decoder, min_score=min_score, count=count)
+        options = {"config": config_of(decoder, temperature), "max_new_tokens": max_tokens, "seed": seed}
         if question is not None:
             asked = _ask_one(decoder, question, recall, text, as_json, options)
             _warn_if_silent([asked])
             return
         assert questions is not None
         every = questions_of(questions)
-        with _progress("answering") as tell:
+        with progress("answering") as tell:
             for start in range(0, len(every), batch_size):
                 documents = answer(decoder, every[start : start + batch_size], recall, as_text=text, **options)
                 for made in documents:
@@ -219,10 +198,10 @@ def generate(
     from memory3.generation import generate as stream_one
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _decoder(model, tokens_per_head, device, dtype) as decoder:
-        recall = None if no_memory else _recall(bank, decoder, min_score=min_score)
+    with decoder_of(model, tokens_per_head, device, dtype) as decoder:
+        recall = None if no_memory else recall_of(bank, decoder, min_score=min_score)
         completion = None
-        options = {"config": _config(decoder, temperature), "max_new_tokens": max_tokens, "seed": seed}
+        options = {"config": config_of(decoder, temperature), "max_new_tokens": max_tokens, "seed": seed}
         for token in stream_one(decoder, text, recall=recall, effect=recall is not None, **options):
             if not as_json:
                 print(token.text, end="", flush=True)
@@ -235,20 +214,6 @@ def generate(
         if not as_json:
             _print_citations(made)
         _warn_if_silent([made])
-
-
-@bank_app.command()
-def stats(bank: Annotated[Path, typer.Argument(help="Folder of the bank.")], as_json: Json = False) -> None:
-    """Say what is in a bank and what it weighs."""
-    from memory3.bank import Bank
-
-    with Bank(bank) as opened:
-        found = opened.stats()
-    if as_json:
-        print(json.dumps(found))
-        return
-    for name, value in found.items():
-        print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value}")
 
 
 @app.command()
@@ -307,7 +272,7 @@ def evaluate(
     """Measure reading on dev questions, each format beside its control."""
     from memory3.evaluate.reading import measure
 
-    with _decoder(model, None, device, dtype) as decoder, _progress("measuring") as tell:
+    with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
         measure(decoder, data, what, limit, out, seed, tell)
 
 
@@ -324,60 +289,5 @@ def demo(
     """Write a bank from the notes, ask ten questions with and without memory, draw what one answer read."""
     from memory3.evaluate.demo import run_demo
 
-    with _decoder(model, None, device, dtype) as decoder:
+    with decoder_of(model, None, device, dtype) as decoder:
         run_demo(decoder, notes, questions, bank, picture)
-
-
-# ---- what commands share ----
-
-
-@contextmanager
-def _decoder(model: str | None, tokens_per_head: int | None, device: str | None, dtype: str | None) -> Iterator[Decoder]:
-    from dataclasses import replace
-
-    from memory3.loading import load
-
-    with load(model, device=device, dtype=dtype) as decoder:
-        if tokens_per_head is None or tokens_per_head == decoder.spec.tokens_per_head:
-            yield decoder
-            return
-        if decoder.trained:
-            own = decoder.spec.tokens_per_head or "all"
-            warnings.warn(
-                f"--tokens-per-head {tokens_per_head} overrules the {own} that the model was trained with", stacklevel=2
-            )
-        yield decoder.using(replace(decoder.spec, tokens_per_head=tokens_per_head))
-
-
-def _recall(banks: list[Path] | None, decoder: Decoder, **options: Any) -> Recall:
-    from memory3.bank import Bank
-    from memory3.recall import Recall
-    from memory3.spec import BankError
-
-    if not banks:
-        raise BankError(
-            "found no --bank, expected one to recall from: write it with `memory3 write SOURCES --bank FOLDER`, or --no-memory"
-        )
-    opened: list[Bank] = [Bank(path, decoder) for path in banks]
-    return Recall(opened, **options)
-
-
-def _config(decoder: Decoder, temperature: float | None) -> Any:
-    """The model's generation settings; greedy unless a temperature is given."""
-    from copy import deepcopy
-
-    config = deepcopy(decoder.model.generation_config)
-    config.do_sample = bool(temperature)
-    config.temperature = temperature or None
-    return config
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """A bar on stderr, which appears where a terminal is watching."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total=None: bar.update(task, completed=done, total=total)

@@ -1,0 +1,34 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from memory3.cli.bank import bank_app
+from memory3.cli.commands import INCOMPLETE, app
+from memory3.spec import Memory3Error
+
+__all__ = ["INCOMPLETE", "app", "main"]
+
+app.add_typer(bank_app, name="bank")
+
+
+def main() -> None:
+    """Run the command line; an expected error is one sentence on stderr and exit code 1."""
+    warnings.showwarning = _warned
+    try:
+        app()
+    except Memory3Error as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _warned(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,165 @@
+"""`memory3 bank …`: look at a bank, take things out of it, check it, move it. None of these needs a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memory3.cli.common import Json, progress
+
+bank_app = typer.Typer(no_args_is_help=True, help="Look at a bank, forget, check, compact, export and import.")
+FAULTY = 4
+"""Exit code of a verify that found something."""
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the bank.")]
+Where = Annotated[str | None, typer.Option(help="SQL on the columns id, text, tokens and created: \"text LIKE '%tower%'\".")]
+
+
+@bank_app.command()
+def stats(bank: Annotated[Path, typer.Argument(help="Folder of the bank.")], as_json: Json = False) -> None:
+    """Say what is in a bank and what it weighs."""
+    from memory3.bank import Bank
+
+    with Bank(bank) as opened:
+        found = opened.stats()
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value}")
+
+
+@bank_app.command("list")
+def list_(
+    bank: Folder,
+    where: Where = None,
+    source: Annotated[str | None, typer.Option(help="Only what comes from this document.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List memories: id, tokens, sources and the beginning of the text; with --json one document a line."""
+    from memory3.bank import Bank
+
+    with Bank(bank) as opened:
+        rows = opened.where(where)
+        places = opened.references(row["id"] for row in rows)
+        if source is not None:
+            rows = [row for row in rows if any(r.source == source for r in places[row["id"]])]
+        for row in rows[:limit]:
+            sources = [f"{r.source}:{r.start}-{r.end}" for r in places[row["id"]]]
+            if as_json:
+                print(
+                    json.dumps(
+                        {"id": row["id"], "tokens": row["tokens"], "sources": sources, "text": row["text"]}, ensure_ascii=False
+                    )
+                )
+            else:
+                print(f"{row['id']}  {row['tokens']:>4}  {sources[0]}  {' '.join(row['text'].split())[:80]}")
+
+
+@bank_app.command()
+def show(bank: Folder, id: Annotated[str, typer.Argument(help="Id of a memory, as `list` and citations give it.")]) -> None:
+    """Show one memory: its text, where it comes from, and which of its tokens were kept."""
+    from memory3.bank import Bank
+
+    with Bank(bank) as opened:
+        [spans] = opened.references([id]).values()
+        [memory] = opened.read([id])
+    print(spans[0].text)
+    for r in spans:
+        print(f"  from {r.source}:{r.start}-{r.end}")
+    pairs, kept, head_dim = memory.keys.shape
+    print(f"  memory: {pairs} (layer, kv head) pairs x {kept} kept tokens x {head_dim}, {memory.nbytes:,} bytes in RAM")
+
+
+@bank_app.command()
+def delete(
+    bank: Folder,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of memories.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="A document; may be given several times.")] = None,
+    where: Where = None,
+    as_json: Json = False,
+) -> None:
+    """Forget memories by id, document or filter: text, index entries, key-values, and older versions that hold them."""
+    from memory3.bank import Bank
+    from memory3.spec import BankError
+
+    if not (ids or source or where):
+        raise BankError("found nothing to delete, expected ids, --source or --where: list them with memory3 bank list")
+    with Bank(bank) as opened, opened.exclusive():
+        gone = opened.delete(ids) if ids else 0
+        gone += opened.delete_source(*source) if source else 0
+        gone += opened.delete_where(where) if where else 0
+    print(json.dumps({"deleted": gone}) if as_json else f"{gone} memories deleted")
+
+
+@bank_app.command()
+def verify(
+    bank: Folder,
+    absent: Annotated[str | None, typer.Option(help="Also prove that this text is nowhere in the bank any more.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute every checksum and hold catalogue, shards and sources against each other; exit code 4 where something is wrong."""
+    from dataclasses import asdict
+
+    from memory3.bank import Bank
+    from memory3.verifying import traces_of
+    from memory3.verifying import verify as verify_bank
+
+    with Bank(bank) as opened, progress("verifying") as tell:
+        found = verify_bank(opened, tell)
+        traces = [] if absent is None else traces_of(opened, absent)
+    if as_json:
+        print(json.dumps({**asdict(found), "traces": traces}, ensure_ascii=False))
+    else:
+        for problem in found.problems:
+            print(f"problem: {problem}")
+        for trace in traces:
+            print(f"still there: {trace}")
+        print(
+            f"{found.memories} memories checked, {len(found.problems)} problems, {found.versions} versions of the tables, "
+            f"{found.unused_bytes:,} bytes unused"
+        )
+        if absent is not None and not traces:
+            print(f"{absent!r} is nowhere in the bank")
+    if found.problems or traces:
+        raise typer.Exit(FAULTY)
+
+
+@bank_app.command()
+def compact(bank: Folder, as_json: Json = False) -> None:
+    """Give the space of deleted memories back to the disk."""
+    from memory3.bank import Bank
+
+    with Bank(bank) as opened:
+        freed = opened.compact()
+    print(json.dumps({"freed_bytes": freed}) if as_json else f"{freed:,} bytes freed")
+
+
+@bank_app.command("export")
+def export(bank: Folder, file: Annotated[Path, typer.Argument(help="The archive to make.")], as_json: Json = False) -> None:
+    """Write a bank into one file."""
+    from memory3.archive import export_bank
+    from memory3.bank import Bank
+
+    with Bank(bank) as opened, progress("exporting") as tell:
+        size = export_bank(opened, file, tell)
+    print(json.dumps({"bytes": size}) if as_json else f"{size:,} bytes in {file}")
+
+
+@bank_app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="An archive that `export` made.")],
+    bank: Annotated[Path, typer.Option(help="Folder of the new bank.")],
+    as_json: Json = False,
+) -> None:
+    """Make a bank out of an archive; sizes, checksums and names are checked."""
+    from memory3.archive import import_bank
+
+    with progress("importing") as tell:
+        opened = import_bank(file, bank, tell)
+    found: dict[str, Any] = {"references": len(opened), "path": str(bank)}
+    print(json.dumps(found) if as_json else f"{found['references']} memories in {bank}")

@@ -1,0 +1,306 @@
+"""A bank forgets on command, everywhere; readers go on meanwhile; checks find every kind of damage; archives are safe."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import lance
+import pytest
+from fakes import FakeDecoder, same
+from test_bank import filled, refs
+from typer.testing import CliRunner
+
+from memory3.archive import LISTING, export_bank, import_bank
+from memory3.bank import Bank
+from memory3.cli import app
+from memory3.recall import Recall
+from memory3.spec import BankError, Reference
+from memory3.verifying import traces_of, verify
+
+SECRET = "The zanzibarquux opens at midnight."
+
+
+def test_a_deleted_text_is_found_nowhere_and_the_search_for_it_does_find_things(tmp_path: Path) -> None:
+    """Lance alone leaves a deleted text in older versions and in the index; the same search finds it there."""
+    bank, [_, secret, _] = filled(tmp_path / "lance", "one", SECRET, "three")
+    bank.refresh()
+    assert any("version" in trace for trace in traces_of(bank, SECRET))
+    table = lance.dataset(str(tmp_path / "lance/index.lance/memories.lance"))
+    table.delete(f"id = '{secret.id}'")
+    traces = traces_of(bank, SECRET)
+    assert any("version" in trace for trace in traces)
+    assert any("terms of 1 deleted rows" in trace for trace in traces)
+    assert any("key-values of" in trace for trace in traces)
+
+    bank, [one, secret, _] = filled(tmp_path / "ours", "one", SECRET, "three")
+    bank.refresh()
+    stored = lance.dataset(str(tmp_path / "ours/index.lance/memories.lance"))
+    stored.tags.create("kept", stored.version)
+    assert bank.delete([secret.id]) == 1
+    assert traces_of(bank, SECRET) == traces_of(bank, "zanzibarquux") == []
+    assert bank.search("zanzibarquux", 3) == []
+    assert bank.search("one", 3)[0].id == one.id
+    assert verify(bank).problems == []
+
+
+def test_a_source_a_memory_or_a_filter_can_be_deleted(tmp_path: Path) -> None:
+    bank, [one, two, three, four] = filled(tmp_path, "one", "two", "three", "four")
+    bank.add_sources([Reference("two", "other.txt", 0, 3)])
+    assert bank.delete_where("text LIKE 't%ee'") == 1
+    assert bank.delete_source("notes.txt") == 2
+    assert bank.ids() == [two.id]
+    assert bank.sources() == {"other.txt": 1}
+    assert traces_of(bank, "notes.txt") == []
+    assert traces_of(bank, "other.txt")
+    with pytest.raises(BankError, match="expected SQL on the columns id, text"):
+        bank.delete_where("nothing =")
+    assert len(bank) == 1
+    assert {one.id, three.id, four.id}.isdisjoint(bank.ids())
+
+
+def test_an_updated_document_replaces_what_changed_and_nothing_else(tmp_path: Path) -> None:
+    bank, [one, two, three] = filled(tmp_path, "one", "two", "three")
+    now = [Reference("one", "notes.txt", 0, 3), Reference("new", "notes.txt", 4, 7), Reference("three", "notes.txt", 8, 13)]
+    bank.add(now, FakeDecoder().encode([r.text for r in now]))
+    places = bank.places()
+    assert bank.replace_sources({"notes.txt": now}) == 1
+    assert bank.ids() == sorted([one.id, three.id, now[1].id])
+    assert sorted(bank.references(bank.ids())[three.id], key=lambda r: r.start) == [now[2]]
+    assert {id: place for id, place in places.items() if id != two.id} == bank.places()
+    assert traces_of(bank, "two") == []
+
+
+def test_compacting_gives_space_back_and_readers_go_on(tmp_path: Path) -> None:
+    texts = [f"text number {n}" for n in range(20)]
+    bank, references = filled(tmp_path, *texts, max_shard_bytes=2000)
+    reader = Bank(tmp_path)
+    kept = [r.id for r in references[::2]]
+    assert all(same(a, b) for a, b in zip(reader.read(kept), FakeDecoder().encode(texts[::2]), strict=True))
+    bank.delete(r.id for r in references[1::2])
+    assert bank.stats()["shard_bytes"] == 20 * bank.record_bytes
+    assert bank.compact() == 10 * bank.record_bytes
+    assert bank.stats()["shard_bytes"] == 10 * bank.record_bytes
+    assert bank.compact() == 0
+    assert all(same(a, b) for a, b in zip(reader.read(kept), FakeDecoder().encode(texts[::2]), strict=True))
+    assert verify(reader).problems == []
+    bank.delete(kept)
+    bank.compact()
+    assert bank.stats()["shard_bytes"] == 0
+    [again] = refs("again")
+    bank.add([again], FakeDecoder().encode(["again"]))  # the number of a shard comes again
+    assert same(reader.read([again.id])[0], FakeDecoder().encode(["again"])[0])
+
+
+def test_a_reader_between_lookup_and_read_gets_the_moved_record_or_is_told_that_it_is_gone(tmp_path: Path) -> None:
+    bank, [one, two] = filled(tmp_path, "one", "two")
+    reader = Bank(tmp_path)
+    old = reader.places()
+    bank.delete([one.id])
+    bank.compact()
+    assert same(reader._read(two.id, old[two.id]), FakeDecoder().encode(["two"])[0])
+    with pytest.raises(BankError, match=f"has no memory {one.id}"):
+        reader._read(one.id, old[one.id])
+
+
+def test_what_is_deleted_leaves_a_running_readers_ram_at_its_next_recall(tmp_path: Path) -> None:
+    bank, [tower, _] = filled(tmp_path, "the tower", "the river")
+    reader = Recall(Bank(tmp_path, FakeDecoder()))
+    assert {h.id for r in reader(["tower river"]) for h in r.hits} == set(bank.ids())
+    held = reader.cache.nbytes
+    bank.delete([tower.id])
+    assert [h.id for h in reader(["tower river"])[0].hits] == bank.ids()
+    assert reader.cache.ids(0) == bank.ids()
+    assert 0 < reader.cache.nbytes < held
+
+
+KILLED = """
+import os, signal, sys
+from fakes import FakeDecoder
+from memory3.bank import Bank
+from memory3.catalogue import Catalogue
+from memory3.journal import Deletion
+from memory3.shards import Shards
+owner, name = {"Catalogue": Catalogue, "Shards": Shards, "Deletion": Deletion}[sys.argv[2]], sys.argv[3]
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+setattr(owner, name, staticmethod(die) if owner is Deletion else die)
+bank = Bank(sys.argv[1])
+bank.delete_source("notes.txt") if sys.argv[4] == "delete" else bank.compact()
+"""
+
+
+def killed(path: Path, owner: str, name: str, work: str) -> None:
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    command = [sys.executable, "-c", KILLED, str(path), owner, name, work]
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=False).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("Catalogue", "delete_sources"),
+        ("Catalogue", "delete"),
+        ("Shards", "erase"),
+        ("Catalogue", "purge"),
+        ("Deletion", "clear"),
+    ],
+)
+def test_a_deletion_that_was_killed_is_finished_by_the_next_writer(tmp_path: Path, owner: str, name: str) -> None:
+    bank, _ = filled(tmp_path, "one", SECRET)
+    bank.add([Reference("kept", "other.txt", 0, 4)], FakeDecoder().encode(["kept"]))
+    killed(tmp_path, owner, name, "delete")
+    after = Bank(tmp_path, FakeDecoder())
+    assert any("deletion was interrupted" in problem for problem in verify(after).problems)
+    after.refresh()
+    assert [spans[0].text for spans in after.references(after.ids()).values()] == ["kept"]
+    assert traces_of(after, SECRET) == []
+    assert verify(after).problems == []
+    assert same(after.read(after.ids())[0], FakeDecoder().encode(["kept"])[0])
+
+
+@pytest.mark.parametrize(("owner", "name"), [("Catalogue", "move"), ("Shards", "remove"), ("Catalogue", "optimise")])
+def test_a_compaction_that_was_killed_loses_nothing(tmp_path: Path, owner: str, name: str) -> None:
+    bank, [_, two, three] = filled(tmp_path, "one", "two", "three", max_shard_bytes=1)
+    bank.delete([two.id])
+    killed(tmp_path, owner, name, "compact")
+    after = Bank(tmp_path, FakeDecoder())
+    assert len(after) == 2
+    assert same(after.read([three.id])[0], FakeDecoder().encode(["three"])[0])
+    after.compact()
+    assert after.stats()["shard_bytes"] == 2 * after.record_bytes
+    assert verify(after).problems == []
+
+
+def test_every_kind_of_damage_is_a_problem_of_one_sentence(tmp_path: Path) -> None:
+    bank, [one, two, three] = filled(tmp_path, "one", "two", "three")
+    shard = tmp_path / "shards/00000.kv"
+    whole = shard.read_bytes()
+    data = bytearray(whole)
+    data[bank.record_bytes + 70] ^= 1
+    shard.write_bytes(data)
+    [problem] = verify(Bank(tmp_path)).problems
+    assert f"memory {two.id} is damaged" in problem
+    shard.write_bytes(whole[: 2 * bank.record_bytes])
+    [problem] = verify(Bank(tmp_path)).problems
+    assert "was cut" in problem
+    shard.unlink()
+    assert len(verify(Bank(tmp_path)).problems) == 3
+    shard.write_bytes(whole)
+    tables = tmp_path / "index.lance"
+    lance.dataset(str(tables / "sources.lance")).delete(f"memory = '{one.id}'")
+    lance.dataset(str(tables / "memories.lance")).delete(f"id = '{three.id}'")
+    lance.dataset(str(tables / "memories.lance")).update({"text": "'forged'"}, where=f"id = '{two.id}'")
+    found = verify(Bank(tmp_path))
+    for expected in (
+        f"memory {one.id} has no source",
+        f"names memory {three.id}, which is not there",
+        f"text of memory {two.id}",
+    ):
+        assert any(expected in problem for problem in found.problems)
+    assert found.unused_bytes == bank.record_bytes
+    assert all("\n" not in problem for problem in found.problems)
+
+
+def test_an_archive_gives_the_same_bank(tmp_path: Path) -> None:
+    bank, references = filled(tmp_path / "bank", "one", "two", "three", max_shard_bytes=1)
+    file = tmp_path / "bank.tar"
+    assert export_bank(bank, file) == file.stat().st_size
+    other = import_bank(file, tmp_path / "a copy 🗼")
+    assert other.ids() == bank.ids()
+    assert all(same(a, b) for a, b in zip(other.read(other.ids()), bank.read(bank.ids()), strict=True))
+    assert other.references(other.ids()) == bank.references(bank.ids())
+    assert other.search("two", 1)[0].id == references[1].id
+    assert verify(other).problems == []
+    with pytest.raises(BankError, match="exists, expected a new name"):
+        export_bank(bank, file)
+    with pytest.raises(BankError, match="exists, expected a new folder"):
+        import_bank(file, tmp_path / "bank")
+
+
+def rewritten(file: Path, name: str, data: bytes | None = None, *, listed: str | None = None, link: bool = False) -> Path:
+    """The archive with another member behind its own, or with `listed` in the listing, or one member's bytes changed."""
+    made = file.with_name("bad.tar")
+    with tarfile.open(file) as old, tarfile.open(made, "w") as new:
+        for member in old:
+            content = old.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name == LISTING and listed is not None:
+                content = json.dumps(json.loads(content) | {listed: [4, "0"]}).encode()
+            if member.name == name and data is not None:
+                content = data
+            member.size = len(content)
+            new.addfile(member, io.BytesIO(content))
+        if data is None:
+            extra = tarfile.TarInfo(name)
+            if link:
+                extra.type, extra.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            new.addfile(extra, io.BytesIO(b""))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("../escaped", {}, "holds '../escaped'"),
+        ("/tmp/escaped", {}, "holds '/tmp/escaped'"),
+        ("manifest.json", {"link": True}, "holds 'manifest.json'"),
+        ("x", {"listed": "index.lance/../../escaped"}, "lists 'index.lance/../../escaped'"),
+        ("x", {"listed": "shards/evil.py"}, "lists 'shards/evil.py'"),
+        ("shards/00000.kv", {"data": b"short"}, "is damaged"),
+    ],
+)
+def test_an_archive_that_was_tampered_with_is_refused_and_leaves_nothing(
+    tmp_path: Path, name: str, options: dict[str, object], reason: str
+) -> None:
+    bank, _ = filled(tmp_path / "bank", "one")
+    export_bank(bank, tmp_path / "bank.tar")
+    bad = rewritten(tmp_path / "bank.tar", name, **options)  # type: ignore[arg-type]
+    with pytest.raises(BankError, match=reason):
+        import_bank(bad, tmp_path / "deep/er/new")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name not in ("deep",)) == ["bad.tar", "bank", "bank.tar"]
+    assert not (tmp_path / "deep/er/new").exists()
+
+
+def test_what_is_no_archive_or_lacks_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(BankError, match="is no archive of a bank"):
+        import_bank(tmp_path / "text", tmp_path / "new")
+    with pytest.raises(BankError, match="cannot be unpacked"):
+        import_bank(tmp_path / "none", tmp_path / "new")
+    bank, _ = filled(tmp_path / "bank", "one")
+    export_bank(bank, tmp_path / "bank.tar")
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes((tmp_path / "bank.tar").read_bytes()[:-20_000])
+    with pytest.raises(BankError, match="lacks|is no archive|damaged"):
+        import_bank(cut, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_line_lists_shows_deletes_checks_compacts_and_moves(tmp_path: Path) -> None:
+    bank, [one, two, three] = filled(tmp_path / "bank", "one", SECRET, "three")
+    bank.close()
+    folder = str(tmp_path / "bank")
+
+    def run(*arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(app, ["bank", *arguments], catch_exceptions=False)
+        assert done.exit_code == code, done.output
+        return done.stdout
+
+    assert two.id in run("list", folder, "--where", "text LIKE '%zanz%'")
+    assert [json.loads(line)["id"] for line in run("list", folder, "--json").splitlines()] == sorted([one.id, two.id, three.id])
+    assert run("list", folder, "--source", "nowhere") == ""
+    assert SECRET in run("show", folder, two.id)
+    assert "from notes.txt:" in run("show", folder, two.id)
+    assert "still there" in run("verify", folder, "--absent", "zanzibarquux", code=4)
+    assert json.loads(run("delete", folder, two.id, "--json")) == {"deleted": 1}
+    assert "is nowhere in the bank" in run("verify", folder, "--absent", "zanzibarquux")
+    assert json.loads(run("compact", folder, "--json")) == {"freed_bytes": bank.record_bytes}
+    run("export", folder, str(tmp_path / "b.tar"))
+    assert json.loads(run("import", str(tmp_path / "b.tar"), "--bank", str(tmp_path / "c"), "--json"))["references"] == 2
+    with pytest.raises(BankError, match="found nothing to delete"):
+        run("delete", folder)
