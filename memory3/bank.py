@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from memory3.catalogue import FOLDER, Catalogue, Entry, Hit, check_id
+from memory3.catalogue import FOLDER, Catalogue, Entry, Hit, Span, check_id
 from memory3.codec import Codec, RawCodec
 from memory3.journal import Deletion
 from memory3.manifest import FORMAT_VERSION, MANIFEST, Manifest
@@ -132,6 +132,10 @@ class Bank:
         """Memory and source of every span."""
         return self._catalogue.every_span()
 
+    def spans_of(self, sources: Sequence[str]) -> list[Span]:
+        """The spans of some sources: id of the memory, source, start, end."""
+        return self._catalogue.spans_of(sources)
+
     def missing(self, ids: Iterable[str]) -> list[str]:
         """Those ids that the bank has no memory for, in order, each once."""
         wanted = list(dict.fromkeys(ids))
@@ -223,38 +227,19 @@ class Bank:
 
     def delete_source(self, *sources: str) -> int:
         """Remove sources; a memory goes with the last of its (source, span) rows. How many memories went."""
-        with self.exclusive():
-            orphans = self._catalogue.orphans(sources)
-            self._forget(orphans, sources)
-        return len(orphans)
+        return self.forget_spans(self._catalogue.spans_of(sources))
 
     def delete_where(self, condition: str) -> int:
         """Remove the memories that an SQL condition on `id`, `text`, `tokens` and `created` selects; how many."""
         with self.exclusive():
             return self.delete(row["id"] for row in self._catalogue.where(condition))
 
-    def replace_sources(self, references: Mapping[str, Sequence[Reference]]) -> int:
-        """Forget what changed documents no longer say: spans of these sources that are not among their references now.
-
-        Args:
-            references: for each source all of its references; they are in the bank.
-
-        Returns:
-            How many memories went, because no source has them any more.
-        """
+    def forget_spans(self, spans: Sequence[Span]) -> int:
+        """Remove (source, span) rows, and the memories that are left without any; how many memories went."""
         with self.exclusive():
-            stale = [s for source, now in references.items() for s in self._catalogue.spans_of(source) if s not in set(now)]
-            if not stale:
-                return 0
-            gone = {(s.id, s.source, s.start, s.end) for s in stale}
-            kept = {
-                id
-                for id, spans in self._catalogue.references({s.id for s in stale}).items()
-                if any((id, s.source, s.start, s.end) not in gone for s in spans)
-            }
-            self._catalogue.delete_spans(stale)
-            orphans = list(dict.fromkeys(s.id for s in stale if s.id not in kept))
-            self._forget(orphans)
+            orphans = self._catalogue.left_without(spans)
+            if spans:
+                self._forget(orphans, spans)
         return len(orphans)
 
     def where(self, condition: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
@@ -372,9 +357,9 @@ class Bank:
         record = self._shards.read(*place)
         return self.manifest.codec.decode(record, self.manifest.shape, id, self._shards.describe(place))
 
-    def _forget(self, ids: Sequence[str], sources: Sequence[str] = ()) -> None:
+    def _forget(self, ids: Sequence[str], spans: Sequence[Span] = ()) -> None:
         """Delete under the protection of a journal, from every version."""
-        Deletion(sources, self._catalogue.locate(ids)).save(self.path)
+        Deletion(spans, self._catalogue.locate(ids)).save(self.path)
         self._finish_deletion()
 
     def _finish_deletion(self) -> None:
@@ -382,7 +367,7 @@ class Bank:
         deletion = Deletion.load(self.path)
         if deletion is None:
             return
-        self._catalogue.delete_sources(deletion.sources)
+        self._catalogue.delete_spans(deletion.spans)
         self._catalogue.delete(list(deletion.places))
         self._shards.erase(deletion.places.values())
         self._catalogue.purge()

@@ -25,6 +25,10 @@ _ATTEMPTS = 4
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
+Span = tuple[str, str, int, int]
+"""A row of `sources`: id of the memory, source, first character, character behind the last."""
+
+
 @dataclass(frozen=True)
 class Hit:
     """A found memory: the larger the score, the closer to the query."""
@@ -149,36 +153,29 @@ class Catalogue:
             self._memories.delete(_among("id", some))
             self._sources.delete(_among("memory", some))
 
-    def delete_sources(self, sources: Sequence[str]) -> None:
-        """Remove the spans of sources."""
-        if sources:
-            self._sources.delete(_any_of("source", sources))
-
-    def delete_spans(self, spans: Iterable[Reference]) -> None:
+    def delete_spans(self, spans: Iterable[Span]) -> None:
         """Remove single rows of `sources`."""
         conditions = [
-            f'(memory = \'{check_id(s.id)}\' AND {_any_of("source", [s.source])} AND "start" = {s.start} AND "end" = {s.end})'
-            for s in spans
+            f"(memory = '{check_id(id)}' AND {_any_of('source', [source])} AND start = {int(start)} AND \"end\" = {int(end)})"
+            for id, source, start, end in spans
         ]
-        for n in range(0, len(conditions), _IDS_PER_QUERY):
-            self._sources.delete(" OR ".join(conditions[n : n + _IDS_PER_QUERY]))
+        for some in _batches(conditions):
+            self._sources.delete(" OR ".join(some))
 
-    def orphans(self, sources: Sequence[str]) -> list[str]:
-        """Memories that would be left without any span if these sources went, themselves still there."""
-        if not sources:
-            return []
-        condition = _any_of("source", sources)
-        touched = _read(self._sources, lambda t: t.search().where(condition).select(["memory"]).to_arrow())
-        ids, gone = list(dict.fromkeys(touched["memory"].to_pylist())), set(sources)
-        kept = {id for id, source, _, _ in self._spans(ids) if source not in gone}
+    def spans_of(self, sources: Sequence[str]) -> list[Span]:
+        """All spans of some sources."""
+        found: list[Span] = []
+        for some in _batches(sources):
+            rows = _read(self._sources, partial(_selected, condition=_any_of("source", some), columns=_SPAN))
+            found += [(row["memory"], row["source"], row["start"], row["end"]) for row in rows]
+        return found
+
+    def left_without(self, spans: Iterable[Span]) -> list[str]:
+        """Memories that would be left without any span if these went."""
+        gone = set(spans)
+        ids = list(dict.fromkeys(id for id, _, _, _ in gone))
+        kept = {span[0] for span in self._spans(ids) if span not in gone}
         return [id for id in ids if id not in kept]
-
-    def spans_of(self, source: str) -> list[Reference]:
-        """All references of a source, with their texts."""
-        condition = _any_of("source", [source])
-        rows = _read(self._sources, lambda t: t.search().where(condition).select(list(_SPAN)).to_arrow()).to_pylist()
-        texts = {r["id"]: r["text"] for r in _rows_with(self._memories, "id", {r["memory"] for r in rows}, ("id", "text"))}
-        return [Reference(texts[r["memory"]], source, r["start"], r["end"]) for r in rows if r["memory"] in texts]
 
     def where(self, condition: str | None, limit: int | None = None) -> list[dict[str, Any]]:
         """Rows `id`, `text`, `tokens`, `created` of `memories` that an SQL condition on these columns selects, by id.
@@ -242,7 +239,7 @@ class Catalogue:
             stored.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
             table.checkout_latest()
 
-    def _spans(self, ids: Iterable[str]) -> Iterator[tuple[str, str, int, int]]:
+    def _spans(self, ids: Iterable[str]) -> Iterator[Span]:
         for row in _rows_with(self._sources, "memory", ids, _SPAN):
             yield row["memory"], row["source"], row["start"], row["end"]
 

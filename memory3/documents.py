@@ -24,6 +24,9 @@ from xml.parsers.expat import ExpatError
 
 from memory3.spec import SourceError
 
+STDIN = "stdin"
+"""Source of what came through stdin."""
+
 MAX_UNPACKED_BYTES = 2**30
 """An archive (DOCX, EPUB) that claims to be larger is refused."""
 
@@ -87,7 +90,7 @@ def _raise(error: SourceError) -> None:
 def _documents(path: Path | None, text_field: str, told: OnUnreadable) -> Iterator[Document]:
     try:
         if path is None:
-            yield Document("stdin", _decoded(sys.stdin.buffer.read(), "stdin"))
+            yield Document(STDIN, _decoded(sys.stdin.buffer.read(), STDIN))
         else:
             yield from KINDS[path.suffix.lower()](path, _printable(path), text_field, told)
     except SourceError as error:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from memory3.catalogue import Span
 from memory3.shards import Place, sync_folder
 from memory3.spec import BankError
 
@@ -16,14 +17,17 @@ JOURNAL = "journal.json"
 
 @dataclass(frozen=True)
 class Deletion:
-    """What goes: whole sources, and memories with the places of their records. Doing it twice is doing it once."""
+    """What goes: rows of `sources`, and memories with the places of their records. Doing it twice is doing it once."""
 
-    sources: Sequence[str]
+    spans: Sequence[Span]
     places: Mapping[str, Place]
 
     def save(self, folder: Path) -> None:
         """Note it, whole or not at all."""
-        fields = {"sources": list(self.sources), "places": {id: list(place) for id, place in self.places.items()}}
+        fields = {
+            "spans": [list(span) for span in self.spans],
+            "places": {id: list(place) for id, place in self.places.items()},
+        }
         fresh = folder / f"{JOURNAL}.new"
         try:
             with fresh.open("w", encoding="utf-8") as file:
@@ -47,7 +51,8 @@ class Deletion:
         try:
             fields = json.loads(path.read_text("utf-8"))
             places = {str(id): (int(shard), int(slot)) for id, (shard, slot) in fields["places"].items()}
-            return cls([str(source) for source in fields["sources"]], places)
+            spans = [(str(id), str(source), int(start), int(end)) for id, source, start, end in fields["spans"]]
+            return cls(spans, places)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BankError(
                 f"{path} is ill-formed ({type(error).__name__}): an interrupted deletion cannot be finished; delete again what was to "

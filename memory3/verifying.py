@@ -72,25 +72,41 @@ def _problems_of(bank: Bank, row: dict[str, Any]) -> Iterator[str]:
 
 
 def traces_of(bank: Bank, text: str) -> list[str]:
-    """Where a text still stands in a bank, one sentence each: every column of every kept version, every index, the journal.
+    """Where a text still stands in a bank, one sentence each.
 
-    Lance encodes and compresses what it stores, so a search of its bytes proves nothing; all of it is decoded. Memories whose
-    text holds `text` are looked for in the records too: their id stands in the header.
+    Lance encodes and compresses what it stores, so a search of its bytes proves nothing: every column of every data and
+    index file is decoded, whichever version it belongs to and whether its rows count as deleted or not. The terms of a
+    full-text index are stems in a transducer, where no text can be looked for; but an index lists the rows that its terms
+    came from, and each of them must be there in a kept version. Memories whose text holds `text` are looked for in the
+    records too, by the id in the header. Manifests, transactions and the journal hold texts as they are.
     """
     found: list[str] = []
-    gone: set[str] = set()
-    for table, version, dataset in _versions(bank.path):
-        for batch in dataset.to_batches():
-            for row in batch.to_pylist():
-                if any(text in value for value in row.values() if isinstance(value, str)):
-                    found.append(f"version {version} of {table}: {row.get('id') or row.get('memory')}")
-                    gone |= {row["id"]} if "id" in row else set()
-    found += [f"index file {file.relative_to(bank.path)}: {why}" for file, why in _index_traces(bank.path, text)]
-    journal = bank.path / JOURNAL
-    if journal.exists() and text in json.dumps(json.loads(journal.read_text("utf-8")), ensure_ascii=False):
-        found.append(f"{JOURNAL}: an interrupted deletion")
-    # The text itself may be a whole reference that no row has any more: its record would still carry its id.
-    return found + _records_of(bank, {*gone, Reference(text).id})
+    gone = {Reference(text).id}  # the text may be a whole reference that no row has any more
+    live = _live_rows(bank.path)
+    for file in sorted(p for p in bank.path.rglob("*") if p.is_file() and p.suffix != ".kv"):
+        name = file.relative_to(bank.path)
+        if file.suffix != ".lance":
+            found += [f"{name}: the text as it is"] if _as_it_is(file, text) else []
+            continue
+        columns = _decoded(file)
+        rows = [n for values in columns.values() for n, value in enumerate(values) if isinstance(value, str) and text in value]
+        if rows:
+            found.append(f"{name}: {len(rows)} values")
+        if {"id", "text"} <= set(columns):
+            gone |= {columns["id"][n] for n in rows}
+        dead = set(columns.get("_rowid", ())) - live.get(file.relative_to(bank.path / FOLDER).parts[0], set())
+        if dead:
+            found.append(f"{name}: terms of {len(dead)} deleted rows")
+    return found + _records_of(bank, gone)
+
+
+def _live_rows(path: Path) -> dict[str, set[int]]:
+    """Row ids of all kept versions, by the name of the table's folder."""
+    there: dict[str, set[int]] = {}
+    for table, _, dataset in _versions(path):
+        rows = dataset.to_table(columns=[], with_row_id=True)["_rowid"].to_pylist()
+        there.setdefault(f"{table}.lance", set()).update(rows)
+    return there
 
 
 def _versions(path: Path) -> Iterator[tuple[str, int, Any]]:
@@ -102,26 +118,17 @@ def _versions(path: Path) -> Iterator[tuple[str, int, Any]]:
             yield table, entry["version"], lance.dataset(where, version=entry["version"])
 
 
-def _index_traces(path: Path, text: str) -> Iterator[tuple[Path, str]]:
-    """Index files that hold the text as a value, or postings of rows that are no more.
-
-    The terms of a full-text index are stems in a transducer, where no text can be looked for. But an index lists the rows
-    that its terms came from: where all of them are there still, none of its terms came from a deleted text.
-    """
-    import lance
+def _decoded(file: Path) -> dict[str, list[Any]]:
     from lance.file import LanceFileReader
 
-    for table in TABLES:
-        folder = path / FOLDER / f"{table}.lance"
-        live = set(lance.dataset(str(folder)).to_table(columns=[], with_row_id=True)["_rowid"].to_pylist())
-        for file in sorted((folder / "_indices").rglob("*.lance")):
-            found = LanceFileReader(str(file)).read_all().to_table()
-            if any(isinstance(value, str) and text in value for column in found.columns for value in column.to_pylist()):
-                yield file, "a value"
-            if "_rowid" in found.column_names:
-                dead = set(found["_rowid"].to_pylist()) - live
-                if dead:
-                    yield file, f"terms of {len(dead)} deleted rows"
+    table = LanceFileReader(str(file)).read_all().to_table()
+    return {name: table[name].to_pylist() for name in table.column_names}
+
+
+def _as_it_is(file: Path, text: str) -> bool:
+    """Whether a file that is not encoded holds a text, as UTF-8 or inside JSON."""
+    data = file.read_bytes()
+    return text.encode() in data or json.dumps(text)[1:-1].encode() in data
 
 
 def _records_of(bank: Bank, ids: Sequence[str] | set[str]) -> list[str]:

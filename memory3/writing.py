@@ -8,10 +8,15 @@ from itertools import islice
 from time import perf_counter
 
 from memory3.bank import Bank, MemoryWriter
+from memory3.catalogue import Span
+from memory3.documents import STDIN
 from memory3.spec import Reference
 
 WINDOW = 1024
 """References that are looked up and sorted by length together."""
+
+UNNAMED = ("", STDIN)
+"""Sources that name no document: what comes under them later is another one."""
 
 WINDOWS_PER_REFRESH = 8
 """Windows between two refreshes of the indexes, so that searches and manifests stay small in a long write."""
@@ -24,6 +29,7 @@ class WriteReport:
     Args:
         references: memories that are new in the bank.
         skipped: references whose content was there already; their places are noted.
+        removed: memories of changed documents that no document has any more.
         bytes: bytes of the new records.
         bytes_per_reference: bytes of one record.
         seconds: wall time.
@@ -31,6 +37,7 @@ class WriteReport:
 
     references: int
     skipped: int
+    removed: int
     bytes: int
     bytes_per_reference: int
     seconds: float
@@ -46,7 +53,8 @@ def write(
 ) -> WriteReport:
     """Encode references and store them; equal content is encoded once, also across calls.
 
-    Each batch is committed by itself: after a kill, the same call goes on where it stopped.
+    Each batch is committed by itself: after a kill, the same call goes on where it stopped. At the end, sources that were
+    written again forget what their documents no longer say; sources in `UNNAMED` are never taken for the same document.
 
     Args:
         decoder: the model that writes, the one the bank was opened with.
@@ -64,7 +72,9 @@ def write(
     total = len(references) if isinstance(references, Sequence) else None
     done = written = 0
     with bank.exclusive():
+        changes = _Changes()
         for number, window in enumerate(_windows(references), 1):
+            changes.take(window)
             new, rest = _divided(window, bank)
             for batch in _batches(decoder, new, batch_size):
                 written += bank.add(batch, decoder.encode([reference.text for reference in batch]))
@@ -75,9 +85,38 @@ def write(
             _tell(on_progress, done, total)
             if number % WINDOWS_PER_REFRESH == 0:
                 bank.refresh()
+        removed = bank.forget_spans(changes.stale(bank))
         bank.refresh()
     size = bank.record_bytes
-    return WriteReport(written, done - written, written * size, size, perf_counter() - started)
+    return WriteReport(written, done - written, removed, written * size, size, perf_counter() - started)
+
+
+class _Changes:
+    """Which spans the sources of a write have now.
+
+    A span is kept as one number: a million of them take about 60 MB. Two that agree by chance keep a span that should go, and
+    never the other way round.
+    """
+
+    def __init__(self) -> None:
+        self.now: dict[str, set[int]] = {}
+
+    def take(self, window: Sequence[Reference]) -> None:
+        """Note the references of a window."""
+        for reference in window:
+            if reference.source not in UNNAMED:
+                key = self.key((reference.id, reference.source, reference.start, reference.end))
+                self.now.setdefault(reference.source, set()).add(key)
+
+    def stale(self, bank: Bank) -> list[Span]:
+        """Spans of the bank that these sources no longer have."""
+        return [span for span in bank.spans_of(list(self.now)) if self.key(span) not in self.now[span[1]]]
+
+    @staticmethod
+    def key(span: Span) -> int:
+        """A number of 62 bits."""
+        id, _, start, end = span
+        return hash((int(id[:15], 16), start, end))
 
 
 def _windows(references: Iterable[Reference]) -> Iterator[list[Reference]]:

@@ -13,7 +13,8 @@ PACKAGE = Path(memory3.__file__).parent
 ROWS = [
     ["spec"],
     ["attention", "rotation", "identity", "selection", "codec", "documents", "shards"],
-    ["family", "catalogue", "manifest", "journal", "splitting"],
+    ["family", "catalogue", "manifest", "splitting"],
+    ["journal"],
     ["decoder", "bank"],
     ["writing", "retrieval", "loading", "sampling", "verifying", "archive"],
     ["recall"],

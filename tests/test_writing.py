@@ -9,6 +9,7 @@ from memory3 import writing
 from memory3.bank import Bank
 from memory3.spec import BankError, BankMismatch, Memory, Reference
 from memory3.splitting import references
+from memory3.verifying import traces_of
 from memory3.writing import write
 
 
@@ -32,6 +33,33 @@ def test_equal_content_is_encoded_once_within_a_write_and_across_writes(tmp_path
     assert (report.references, report.skipped) == (1, 5)
     assert sorted(decoder.encoded) == ["new", "one", "two"]
     assert bank.sources() == {"a": 3, "b": 2}
+
+
+def test_a_changed_document_replaces_only_the_references_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when its references are spread over windows, and between those of other documents."""
+    monkeypatch.setattr(writing, "WINDOW", 2)
+    decoder = FakeDecoder()
+    bank = Bank(tmp_path / "bank", decoder, create=True)
+    file, other = tmp_path / "notes.md", tmp_path / "other.md"
+    paragraphs = [f"Paragraph {n} says something else." for n in range(6)]
+    file.write_text("\n\n".join(paragraphs))
+    other.write_text(paragraphs[2])
+    first = write(decoder, references([file, other], decoder), bank)
+    assert first.removed == 0
+    places, shared = bank.places(), Reference(paragraphs[2]).id
+    paragraphs[2:4] = ["A newer paragraph says more."]
+    file.write_text("\n\n".join(paragraphs))
+    now = list(references(file, decoder))
+    report = write(decoder, now[::-1], bank)
+    assert (report.references, report.removed) == (1, 1)  # of the two that went, one stands in another document
+    assert {id for id in bank.ids() if id != shared} == {r.id for r in now}
+    assert set(bank.spans_of([str(file)])) == {(r.id, r.source, r.start, r.end) for r in now}
+    assert shared in bank
+    assert all(bank.places()[id] == place for id, place in places.items() if id in bank)
+    assert traces_of(bank, "Paragraph 3") == []
+    again = write(decoder, [*now, Reference("From Python.")], bank)
+    assert (again.references, again.removed) == (1, 0)
+    assert write(decoder, [Reference("From Python again.")], bank).removed == 0  # no name, no document
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])

@@ -69,7 +69,8 @@ def write(
         print(json.dumps({**asdict(report), "unreadable": [str(error) for error in unreadable]}, ensure_ascii=False))
     else:
         print(
-            f"{report.references} references written, {report.skipped} known already: {report.bytes:,} bytes, "
+            f"{report.references} references written, {report.skipped} known already, {report.removed} no longer there: "
+            f"{report.bytes:,} bytes, "
             f"{report.bytes_per_reference:,} per reference, {report.seconds:.1f} s"
         )
     if unreadable:
