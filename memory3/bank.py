@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -163,10 +163,18 @@ class Bank:
         """The `k` memories whose text shares most with the words of the query (BM25); score descending, then id."""
         return self._catalogue.search(query, k)
 
+    def total_bytes(self) -> int:
+        """Bytes of all files of the folder."""
+        sizes = []
+        for file in self.path.rglob("*"):
+            with suppress(FileNotFoundError):  # another process may tidy up meanwhile
+                sizes.append(file.stat().st_size if file.is_file() else 0)
+        return sum(sizes)
+
     def stats(self) -> dict[str, Any]:
         """Counts and sizes, as plain JSON values; sizes in bytes."""
         spec = MemorySpec.from_json(self.manifest.identity["spec"])
-        count, total = len(self), sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        count, total = len(self), self.total_bytes()
         return {
             "path": str(self.path),
             "references": count,

@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 READ_FIELDS = ("chunk_length", "references_per_chunk")
 """Fields of a spec that say how memories are read, not what they are: a bank fits every value of them."""
 
-_MEND = "Use the model that wrote it, or write a new bank: memory3 write … --bank NEW --model MODEL"
+_MEND = "Use the model that wrote it, or encode its texts again: memory3 bank rebuild BANK --model MODEL"
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,14 @@ class Manifest:
         differing = [_difference("spec", *pair) for pair in _spec_differences(self.identity["spec"], here["spec"])]
         if differing:
             raise BankMismatch(
-                f"{folder} {'; '.join(differing)}. Attach the model with the spec of the bank, or write a new bank: {_COMMAND}"
+                f"{folder} {'; '.join(differing)}. Attach the model with the spec of the bank, or encode its texts again: {_COMMAND}"
             )
         for key in ("rotation", "head_dim"):
             if not _close(self.identity[key], here[key]):
                 raise BankMismatch(f"{folder} {_difference(key, key, self.identity[key], here[key])}. {_MEND}")
 
 
-_COMMAND = "memory3 write … --bank NEW"
+_COMMAND = "memory3 bank rebuild BANK"
 
 
 def _difference(kind: str, name: str, bank: object, here: object) -> str:

@@ -10,7 +10,7 @@ from time import perf_counter
 from memory3.bank import Bank, MemoryWriter
 from memory3.catalogue import Span
 from memory3.documents import STDIN
-from memory3.spec import Reference
+from memory3.spec import BankError, Reference
 
 WINDOW = 1024
 """References that are looked up and sorted by length together."""
@@ -49,6 +49,7 @@ def write(
     bank: Bank,
     *,
     batch_size: int = 64,
+    max_bytes: int | None = None,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> WriteReport:
     """Encode references and store them; equal content is encoded once, also across calls.
@@ -61,10 +62,12 @@ def write(
         references: streamed; at most a window of 1,024 is held.
         bank: where they go; locked against other writers until the end.
         batch_size: references of one forward pass, and of one commit.
+        max_bytes: most bytes of the bank's folder; a batch that would not fit is not encoded.
         on_progress: called with the references done so far and, where known, their total.
 
     Raises:
-        BankError: another process writes, the disk is full, or the bank is another model's.
+        BankError: another process writes, the disk or the budget is full, or the bank is another model's. What was
+            committed before stays.
     """
     started = perf_counter()
     if decoder is not bank.decoder:
@@ -77,6 +80,7 @@ def write(
             changes.take(window)
             new, rest = _divided(window, bank)
             for batch in _batches(decoder, new, batch_size):
+                _check_budget(bank, batch, max_bytes, written)
                 written += bank.add(batch, decoder.encode([reference.text for reference in batch]))
                 done += len(batch)
                 _tell(on_progress, done, total)
@@ -89,6 +93,18 @@ def write(
         bank.refresh()
     size = bank.record_bytes
     return WriteReport(written, done - written, removed, written * size, size, perf_counter() - started)
+
+
+def _check_budget(bank: Bank, batch: Sequence[Reference], max_bytes: int | None, written: int) -> None:
+    if max_bytes is None:
+        return
+    wanted = sum(bank.record_bytes + 2 * len(reference.text.encode()) for reference in batch)  # text and its index
+    if (held := bank.total_bytes()) + wanted > max_bytes:
+        bank.refresh()
+        raise BankError(
+            f"{bank.path} has {held:,} bytes and the next {len(batch)} references want {wanted:,}, expected at most {max_bytes:,} in all: "
+            f"{written} new references were written, the rest was not; raise the budget, or delete and compact"
+        )
 
 
 class _Changes:

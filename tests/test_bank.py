@@ -157,7 +157,7 @@ def test_an_unfinished_creation_is_finished(tmp_path: Path) -> None:
 )
 def test_a_bank_of_another_model_or_spec_is_refused_with_the_reason(tmp_path: Path, other: FakeDecoder, reason: str) -> None:
     filled(tmp_path, "one")
-    with pytest.raises(BankMismatch, match=f"{reason}.*memory3 write"):
+    with pytest.raises(BankMismatch, match=f"{reason}.*memory3 bank rebuild"):
         Bank(tmp_path, other)
 
 

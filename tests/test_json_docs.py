@@ -32,6 +32,7 @@ COMMANDS = (
     "bank list",
     "bank delete",
     "bank verify",
+    "bank rebuild",
     "bank compact",
     "bank export",
     "bank import",
@@ -113,6 +114,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("bank export", str(bank), str(folder / "bank.tar"), "--json")
         run("bank import", str(folder / "bank.tar"), "--bank", str(folder / "copy"), "--json")
         run("bank verify", str(bank), "--json")
+        run("bank rebuild", str(folder / "copy"), *common)
         shard = folder / "copy" / "shards" / "00000.kv"
         shard.write_bytes(shard.read_bytes()[:-1])
         run("bank verify", str(folder / "copy"), "--absent", "tower", "--json", code=FAULTY)

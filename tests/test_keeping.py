@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from typer.testing import CliRunner
 from memory3.archive import LISTING, export_bank, import_bank
 from memory3.bank import Bank
 from memory3.cli import app
+from memory3.rebuilding import rebuild
 from memory3.recall import Recall
-from memory3.spec import BankError, Reference
+from memory3.spec import BankError, BankMismatch, Memory, MemorySpec, Reference
 from memory3.verifying import traces_of, verify
 
 SECRET = "The zanzibarquux opens at midnight."
@@ -271,6 +273,39 @@ def test_what_is_no_archive_or_lacks_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BankError, match="lacks|is no archive|damaged"):
         import_bank(cut, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_bank_is_rebuilt_for_another_model_and_stays_whole_until_then(tmp_path: Path) -> None:
+    path = tmp_path / "bank"
+    bank, [short, long] = filled(path, "short", "A text of some length that another reference length has no room for at all.")
+    bank.add_sources([Reference("short", "other.txt", 7, 12)])
+    other = FakeDecoder(MemorySpec((0,), ((0, 1),), 3, 16), weights="99" * 32)
+
+    class Failing(FakeDecoder):
+        def encode(self, texts: Sequence[str]) -> list[Memory]:
+            if self.batches:
+                raise KeyboardInterrupt
+            return super().encode(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        rebuild(path, Failing(other.spec, weights="99" * 32), batch_size=1)
+    assert same(Bank(path, FakeDecoder()).read([long.id])[0], FakeDecoder().encode([long.text])[0])
+    done = rebuild(path, other, batch_size=1)
+    assert done.split == 1
+    names = {row["old"]: row["new"] for row in map(json.loads, (path / "renamed.jsonl").read_text().splitlines())}
+    assert names[short.id] == [short.id]
+    assert len(names[long.id]) > 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank"]
+    after = Bank(path, other)
+    assert set(after.ids()) == {id for now in names.values() for id in now}
+    assert done.report.references == len(after) - 1  # one was encoded before the stop
+    pieces = [after.references([id])[id][0] for id in names[long.id]]
+    assert all(long.text[p.start - long.start : p.end - long.start] == p.text for p in pieces)
+    assert [r.source for r in after.references([short.id])[short.id]] == ["notes.txt", "other.txt"]
+    assert same(after.read([short.id])[0], other.encode(["short"])[0])
+    assert verify(after).problems == []
+    with pytest.raises(BankMismatch, match="memory3 bank rebuild"):
+        Bank(path, FakeDecoder())
 
 
 def test_the_command_line_lists_shows_deletes_checks_compacts_and_moves(tmp_path: Path) -> None:

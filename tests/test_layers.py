@@ -17,7 +17,7 @@ ROWS = [
     ["journal"],
     ["decoder", "bank"],
     ["writing", "retrieval", "loading", "sampling", "verifying", "archive"],
-    ["recall"],
+    ["recall", "rebuilding"],
     ["generation", "scoring"],
     ["answering"],
     ["train.tokenizer", "train.loop", "train.initialise", "train.questions"],

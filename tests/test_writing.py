@@ -75,6 +75,19 @@ def test_batch_size_changes_nothing_that_is_stored(tmp_path: Path, size: int, mo
     assert bank.references([many(33)[9].id]) == {many(33)[9].id: [many(33)[9]]}
 
 
+def test_a_byte_budget_stops_a_write_before_it_is_exceeded(tmp_path: Path) -> None:
+    decoder = FakeDecoder()
+    bank = Bank(tmp_path, decoder, create=True)
+    limit = bank.total_bytes() + 20 * bank.record_bytes
+    with pytest.raises(BankError, match=r"expected at most .* in all: \d+ new references were written, the rest was not"):
+        write(decoder, many(60), bank, batch_size=4, max_bytes=limit)
+    assert 0 < len(bank) < 20
+    assert bank.stats()["shard_bytes"] < limit
+    assert len(decoder.encoded) == len(bank)  # nothing was encoded in vain
+    held = len(bank)
+    assert write(decoder, many(60), bank, batch_size=4, max_bytes=10**9).references == 60 - held
+
+
 def test_batches_hold_texts_of_similar_length(tmp_path: Path) -> None:
     decoder = FakeDecoder()
     write(decoder, many(40), Bank(tmp_path, decoder, create=True), batch_size=4)

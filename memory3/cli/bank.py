@@ -1,4 +1,4 @@
-"""`memory3 bank …`: look at a bank, take things out of it, check it, move it. None of these needs a model."""
+"""`memory3 bank …`: look at a bank, take things out of it, check it, move it. Only `rebuild` needs a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memory3.cli.common import Json, progress
+from memory3.cli.common import Device, Dtype, Json, Model, decoder_of, progress
 
 bank_app = typer.Typer(no_args_is_help=True, help="Look at a bank, forget, check, compact, export and import.")
 FAULTY = 4
@@ -163,3 +163,28 @@ def import_(
         opened = import_bank(file, bank, tell)
     found: dict[str, Any] = {"references": len(opened), "path": str(bank)}
     print(json.dumps(found) if as_json else f"{found['references']} memories in {bank}")
+
+
+@bank_app.command()
+def rebuild(
+    bank: Folder,
+    model: Model = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="References of one forward pass.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Encode the texts of a bank again, for another model; the old bank stays until the new one is complete."""
+    from dataclasses import asdict
+
+    from memory3.rebuilding import rebuild as rebuild_bank
+
+    with decoder_of(model, None, device, dtype) as decoder, progress("rebuilding") as tell:
+        done = rebuild_bank(bank, decoder, batch_size=batch_size, on_progress=tell)
+    report = done.report
+    if as_json:
+        print(json.dumps({**asdict(report), "split": done.split}))
+    else:
+        print(
+            f"{report.references} references encoded again, {done.split} texts split, {report.bytes_per_reference:,} bytes each"
+        )

@@ -46,6 +46,7 @@ def write(
     tokens_per_head: TokensPerHead = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text, in JSONL, CSV and Parquet.")] = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="References of one forward pass.")] = 64,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Stop before the folder of the bank grows beyond.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -62,7 +63,7 @@ def write(
         # Sources first: a bank is not made for documents that are not there.
         found = references(list(sources), decoder, text_field=text_field, on_unreadable=unreadable.append)
         with Bank(bank, decoder, create=True) as opened, progress("writing") as tell:
-            report = write_references(decoder, found, opened, batch_size=batch_size, on_progress=tell)
+            report = write_references(decoder, found, opened, batch_size=batch_size, max_bytes=max_bytes, on_progress=tell)
     for error in unreadable:
         print(f"left out: {error}", file=sys.stderr)
     if as_json:

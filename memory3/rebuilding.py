@@ -1,0 +1,72 @@
+"""A bank written again for another model, from the texts that it keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from memory3.bank import Bank, MemoryWriter
+from memory3.spec import BankError, Reference
+from memory3.splitting import split
+from memory3.writing import WriteReport, write
+
+RENAMED = "renamed.jsonl"
+"""In a rebuilt bank: for each memory of the old one its id and those of its texts now, one JSON object a line."""
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a rebuild did: the report of its write, and how many texts had to be split again."""
+
+    report: WriteReport
+    split: int
+
+
+def rebuild(
+    path: Path, decoder: MemoryWriter, *, batch_size: int = 64, on_progress: Callable[[int, int | None], None] | None = None
+) -> Rebuilt:
+    """Encode every text of a bank with another decoder, and put the new bank in the place of the old one.
+
+    The new bank grows in `PATH.rebuilding`; the old one is intact until that is complete, and then goes. After a kill, the same
+    call goes on. Texts that are over-long for the new tokenizer are split; `renamed.jsonl` maps old ids to new.
+
+    Raises:
+        BankError: no bank, a bank that another process writes, or a full disk.
+    """
+    fresh, old = path.with_name(f"{path.name}.rebuilding"), path.with_name(f"{path.name}.old")
+    if not path.exists() and old.exists():  # a kill between two renames
+        os.replace(old, path)
+    bank = Bank(path)
+    with bank.exclusive():
+        names: dict[str, list[str]] = {}
+        with Bank(fresh, decoder, create=True) as target:
+            report = write(decoder, _again(bank, decoder, names), target, batch_size=batch_size, on_progress=on_progress)
+            lost = [id for id, now in names.items() if target.missing(now)]
+            if lost or len(names) != len(bank):
+                raise BankError(f"{fresh} lacks texts of {path}, expected all of them: run the same command again")
+        with (fresh / RENAMED).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"old": id, "new": now}) + "\n" for id, now in names.items())
+            file.flush()
+            os.fsync(file.fileno())
+        bank.close()
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+        os.replace(fresh, path)
+    shutil.rmtree(old, ignore_errors=True)
+    return Rebuilt(report, sum(len(now) > 1 for now in names.values()))
+
+
+def _again(bank: Bank, decoder: MemoryWriter, names: dict[str, list[str]]) -> Iterator[Reference]:
+    """Every text at every place it came from, split again where it is too long; notes new ids under old ones."""
+    ids = bank.ids()
+    for start in range(0, len(ids), 512):
+        for id, spans in bank.references(ids[start : start + 512]).items():
+            pieces = split(spans[0].text, decoder.tokenizer, length=decoder.spec.reference_length)
+            names[id] = [piece.id for piece in pieces]
+            for place in spans:
+                for piece in pieces:
+                    yield Reference(piece.text, place.source, place.start + piece.start, place.start + piece.end)
