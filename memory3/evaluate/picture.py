@@ -62,8 +62,7 @@ def draw_reading(decoder: Decoder, question: str, completion: Completion, path: 
 def _heat(paid: torch.Tensor, words: Sequence[str], labels: Sequence[str], title: str, path: Path) -> None:
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(max(9.0, 0.24 * len(words)), 1.6 + 0.26 * len(labels)), constrained_layout=True)
-    colours = pyplot.get_cmap("Blues").copy()
-    colours.set_bad("#d9d9d9")
+    colours = pyplot.get_cmap("Blues").with_extremes(bad="#d9d9d9")
     top = max(1e-6, float(torch.nan_to_num(paid).max()))
     image = axes.imshow(paid.numpy(), aspect="auto", cmap=colours, vmin=0, vmax=top)
     axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from memory3.splitting import split
 OTHERS = 4
 """Wrong references beside the gold one."""
 BATCH = 32
-SLOTS = (8, 16, 32, 48, None)
+SLOTS = (8, 16, 32, 48, 64, None)
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,40 @@ class Case:
 
 @dataclass(frozen=True)
 class Score:
-    """Means over `count` questions with their 95 % bootstrap intervals."""
+    """Exact match and F1 of each question under one format; means and their 95 % bootstrap intervals."""
 
     name: str
-    count: int
-    exact: float
-    exact_interval: tuple[float, float]
-    f1: float
-    f1_interval: tuple[float, float]
+    exacts: tuple[float, ...]
+    f1s: tuple[float, ...]
+
+    @property
+    def count(self) -> int:
+        """Questions."""
+        return len(self.exacts)
+
+    @property
+    def exact(self) -> float:
+        """Mean exact match."""
+        return sum(self.exacts) / self.count
+
+    @property
+    def f1(self) -> float:
+        """Mean F1."""
+        return sum(self.f1s) / self.count
+
+    @cached_property
+    def exact_interval(self) -> tuple[float, float]:
+        """Of the mean exact match."""
+        return interval(self.exacts)
+
+    @cached_property
+    def f1_interval(self) -> tuple[float, float]:
+        """Of the mean F1."""
+        return interval(self.f1s)
+
+    def part(self, name: str, chosen: Sequence[bool]) -> Score:
+        """The score of some of the questions."""
+        return Score(name, tuple(compress(self.exacts, chosen)), tuple(compress(self.f1s, chosen)))
 
     def row(self) -> str:
         """A row of a Markdown table, in percent."""
@@ -141,7 +169,7 @@ def score_of(
             overlap.append(f1(said, case.answers))
         if tell:
             tell(start + len(batch), len(cases))
-    return Score(name, len(exact), sum(exact) / len(exact), interval(exact), sum(overlap) / len(overlap), interval(overlap))
+    return Score(name, tuple(exact), tuple(overlap))
 
 
 def _mixed(case: Case) -> Sequence[str]:
@@ -162,9 +190,12 @@ def formats(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], 
     dense = decoder.using(replace(decoder.spec, tokens_per_head=None))
     layers = tuple(range(decoder.geometry.num_layers))
     everywhere = decoder.using(replace(decoder.spec, layers=layers, heads=None, tokens_per_head=None))
+    sparse = score_of(f"sparse memory, {decoder.spec.tokens_per_head} tokens per head", decoder, cases, _mixed, tell=tell)
+    parts = {name: [c.dataset == name for c in cases] for name in sorted({c.dataset for c in cases})}
     return [
         score_of("closed book", decoder, cases, None, tell=tell),
-        score_of(f"sparse memory, {decoder.spec.tokens_per_head} tokens per head", decoder, cases, _mixed, tell=tell),
+        sparse,
+        *(sparse.part(f"sparse memory, only {name}", chosen) for name, chosen in parts.items()),
         score_of("wrong memory (the four others)", decoder, cases, lambda c: c.others, tell=tell),
         score_of("sparse memory, gold alone", decoder, cases, lambda c: [c.gold], tell=tell),
         score_of("wrong memory, one other alone", decoder, cases, lambda c: c.others[:1], tell=tell),
@@ -179,11 +210,11 @@ def formats(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], 
 def curve(
     decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], None] | None = None
 ) -> list[tuple[int | None, Score]]:
-    """Exact match against kept tokens per head, with the gold reference alone in memory."""
+    """Exact match against kept tokens per head, with the gold reference among four others."""
     points = []
     for slots in SLOTS:
         view = decoder.using(replace(decoder.spec, tokens_per_head=slots))
-        points.append((slots, score_of(f"{slots or 'all'} tokens per head", view, cases, lambda c: [c.gold], tell=tell)))
+        points.append((slots, score_of(f"{slots or 'all'} tokens per head", view, cases, _mixed, tell=tell)))
     return points
 
 
@@ -192,8 +223,7 @@ def selections(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int
     from memory3.selection import SELECTIONS
 
     return [
-        score_of(name, decoder.using(replace(decoder.spec, selection=name)), cases, lambda c: [c.gold], tell=tell)
-        for name in SELECTIONS
+        score_of(name, decoder.using(replace(decoder.spec, selection=name)), cases, _mixed, tell=tell) for name in SELECTIONS
     ]
 
 
