@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ def draw_reading(decoder: Decoder, question: str, completion: Completion, path: 
 
 def _heat(paid: torch.Tensor, words: Sequence[str], labels: Sequence[str], title: str, path: Path) -> None:
     pyplot = _pyplot()
+    words, title = [_printable(word) for word in words], _printable(title)
     figure, axes = pyplot.subplots(figsize=(max(9.0, 0.24 * len(words)), 1.6 + 0.26 * len(labels)), constrained_layout=True)
     colours = pyplot.get_cmap("Blues").with_extremes(bad="#d9d9d9")
     top = max(1e-6, float(torch.nan_to_num(paid).max()))
@@ -70,8 +72,15 @@ def _heat(paid: torch.Tensor, words: Sequence[str], labels: Sequence[str], title
     axes.set_title(f"{title}\ngrey: not kept; darker: more attention paid by the answer", fontsize=10)
     figure.colorbar(image, ax=axes, label="weight in the joint softmax", pad=0.01)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the font lacks some scripts; a box stands there
+        figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _printable(text: str) -> str:
+    """Without control characters, and without the dollar signs that would begin a formula."""
+    return "".join(c if c.isprintable() else "·" for c in text).replace("$", r"\$")
 
 
 def draw_curve(points: Sequence[tuple[int, Score]], path: Path) -> None:
