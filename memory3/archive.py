@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from memory3.bank import Bank
-from memory3.manifest import MANIFEST, Manifest
+from memory3.manifest import MANIFEST
 from memory3.spec import BankError
 
 LISTING = "checksums.json"
@@ -34,7 +35,11 @@ def export_bank(bank: Bank, file: Path, on_progress: OnProgress | None = None) -
     """
     if file.exists():
         raise BankError(f"{file} exists, expected a new name: remove it, or give another")
-    fresh = file.with_name(f"{file.name}.new")
+    if file.resolve().is_relative_to(bank.path.resolve()):
+        raise BankError(f"{file} lies inside the bank, expected a place outside of {bank.path}")
+    if not file.absolute().parent.is_dir():
+        raise BankError(f"{file} has no folder to be in, expected {file.parent} to exist: make it first")
+    fresh = file.absolute().with_name(f".{file.name}.{secrets.token_hex(4)}.memory3-exporting")
     with bank.exclusive():
         paths = [p for p in sorted(bank.path.rglob("*")) if p.is_file() and _OURS.fullmatch(_name(p, bank.path))]
         total, done = sum(p.stat().st_size for p in paths), 0
@@ -65,14 +70,15 @@ def import_bank(file: Path, path: Path, on_progress: OnProgress | None = None) -
     Raises:
         BankError: no archive of a bank, damage, a name that is not ours, or a target that exists.
     """
+    path = Path(os.path.abspath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BankError(f"{path} exists, expected a new folder: give another with --bank")
-    fresh = path.with_name(f"{path.name}.importing")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.memory3-importing")
     try:
         with tarfile.open(file, "r:") as archive:
             _unpack(archive, fresh, file, on_progress)
-        Manifest.load(fresh)
+        with Bank(fresh) as opened:  # it must be one before it takes its place
+            len(opened)
         if path.exists():
             path.rmdir()
         os.replace(fresh, path)
@@ -117,7 +123,7 @@ def _listing(archive: tarfile.TarFile, file: Path) -> dict[str, tuple[int, str]]
     assert source is not None
     try:
         found = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(source.read()).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BankError(f"{LISTING} in {file} is ill-formed ({error}): copy the archive again") from None
     for name in found:
         if not _OURS.fullmatch(name) or ".." in PurePosixPath(name).parts:

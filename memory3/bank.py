@@ -6,18 +6,20 @@ One process writes at a time; any number read, and see each batch whole or not a
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 
-from memory3.catalogue import FOLDER, Catalogue, Entry, Hit, Span, check_id
+from memory3.catalogue import FOLDER, KEPT_VERSIONS, Catalogue, Entry, Hit, Span, check_id
 from memory3.codec import Codec, RawCodec
+from memory3.documents import is_part
+from memory3.guard import LOCK, Guard, replaced_bank
 from memory3.journal import Deletion
 from memory3.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from memory3.shards import Place, Shards
@@ -26,7 +28,6 @@ from memory3.spec import BankError, BankMismatch, Memory, MemorySpec, Reference
 __all__ = ["Bank", "Hit", "MemoryWriter"]
 
 MAX_SHARD_BYTES = 256 * 2**20
-LOCK = "write.lock"
 SHARDS = "shards"
 
 
@@ -77,10 +78,10 @@ class Bank:
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.path, self.decoder = Path(path), decoder
-        self._lock: int | None = None
-        self._depth = 0
+        self._guard = Guard(self.path, self._finish_deletion)
         if not (self.path / MANIFEST).is_file():
             self._create(create, codec, max_shard_bytes)
+        self._guard.remember()
         self.manifest = Manifest.load(self.path)
         if decoder is not None:
             self.manifest.check(self.path, decoder.identity())
@@ -132,9 +133,9 @@ class Bank:
         """Memory and source of every span."""
         return self._catalogue.every_span()
 
-    def spans_of(self, sources: Sequence[str]) -> list[Span]:
-        """The spans of some sources: id of the memory, source, start, end."""
-        return self._catalogue.spans_of(sources)
+    def spans_of(self, files: Sequence[str]) -> list[Span]:
+        """The spans of some files, with their rows, pages and chapters: id of the memory, source, start, end."""
+        return self._catalogue.spans_of(files)
 
     def missing(self, ids: Iterable[str]) -> list[str]:
         """Those ids that the bank has no memory for, in order, each once."""
@@ -155,6 +156,7 @@ class Bank:
         Raises:
             BankError: an id is unknown, or its record is damaged.
         """
+        self._guard.check()
         places = self._catalogue.locate(ids)
         self._refuse_unknown(id for id in ids if id not in places)
         return [self._read(id, places[id]) for id in ids]
@@ -165,11 +167,11 @@ class Bank:
 
     def total_bytes(self) -> int:
         """Bytes of all files of the folder."""
-        sizes = []
-        for file in self.path.rglob("*"):
-            with suppress(FileNotFoundError):  # another process may tidy up meanwhile
-                sizes.append(file.stat().st_size if file.is_file() else 0)
-        return sum(sizes)
+        return _bytes_under(self.path)
+
+    def table_bytes(self) -> int:
+        """Bytes of texts, sources and index."""
+        return _bytes_under(self.path / FOLDER)
 
     def stats(self) -> dict[str, Any]:
         """Counts and sizes, as plain JSON values; sizes in bytes."""
@@ -234,8 +236,18 @@ class Bank:
         return len(wanted)
 
     def delete_source(self, *sources: str) -> int:
-        """Remove sources; a memory goes with the last of its (source, span) rows. How many memories went."""
-        return self.forget_spans(self._catalogue.spans_of(sources))
+        """Remove documents, with all their rows, pages and chapters; a memory goes with the last of its (source, span) rows.
+
+        How many memories went. `BankError` where a source has nothing in the bank.
+        """
+        with self.exclusive():
+            spans = self._catalogue.spans_of(sources)
+            unknown = [source for source in sources if not any(is_part(span[1], source) for span in spans)]
+            if unknown:
+                raise BankError(
+                    f"{self.path} has nothing of {unknown[0]!r}: the sources are listed by memory3 bank list {self.path}"
+                )
+            return self.forget_spans(spans)
 
     def delete_where(self, condition: str) -> int:
         """Remove the memories that an SQL condition on `id`, `text`, `tokens` and `created` selects; how many."""
@@ -251,13 +263,16 @@ class Bank:
         return len(orphans)
 
     def where(self, condition: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-        """`id`, `text`, `tokens` and `created` of the memories that an SQL condition on these selects, by id."""
+        """`id`, `text`, `tokens` and `created` of the memories that an SQL condition on these selects: the first `limit` by id."""
         return self._catalogue.where(condition, limit)
 
-    def refresh(self) -> None:
-        """Bring the indexes up to date. Searches find new rows before that too, more slowly."""
+    def refresh(self, keep_versions: bool = True) -> None:
+        """Bring the indexes up to date. Searches find new rows before that too, more slowly.
+
+        Older versions of the tables stay for an hour, for readers that are at work; with `keep_versions=False` they go.
+        """
         with self.exclusive():
-            self._catalogue.optimise()
+            self._catalogue.optimise(KEPT_VERSIONS if keep_versions else timedelta(0))
 
     def compact(self) -> int:
         """Give the space of records that no row points at back to the disk; how many bytes.
@@ -283,45 +298,28 @@ class Bank:
         """Changes whenever anything is committed to the bank."""
         return self._catalogue.version
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """Be the only writer inside the block, across processes; may be nested. A deletion that a kill interrupted is
         finished first.
 
         Raises:
             BankError: another writer is at work, or the folder cannot be written.
+            BankMismatch: the bank was rebuilt since it was opened.
         """
-        if self._depth == 0:
-            self._lock = self._take_lock()
-        self._depth += 1
-        try:
-            if self._depth == 1:
-                self._finish_deletion()
-            yield
-        finally:
-            self._depth -= 1
-            if self._depth == 0 and self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+        return self._guard.exclusive()
 
-    def _take_lock(self) -> int:
-        try:
-            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise BankError(f"{self.path} cannot be written ({error.strerror}): make the folder writable") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise BankError(
-                f"{self.path} is being written by another process, expected one writer at a time: wait for it"
-            ) from None
-        return descriptor
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep writers out inside the block, and change nothing; `BankError` where one is at work."""
+        return self._guard.locked()
 
     def _create(self, create: bool, codec: Codec | None, max_shard_bytes: int) -> None:
         """Lay out an empty bank; the manifest comes last, so a folder with one is complete."""
         if not create:
             raise BankError(f"no bank at {self.path}; write one: memory3 write SOURCES --bank {self.path}")
+        if replaced_bank(self.path).exists():
+            raise BankError(
+                f"no bank at {self.path}, but a rebuild of it was interrupted: run it again, memory3 bank rebuild {self.path}"
+            )
         if self.decoder is None:
             raise BankError(
                 f"no bank at {self.path}, and none can be made without a model: give the decoder that will write it"
@@ -366,7 +364,8 @@ class Bank:
         return self.manifest.codec.decode(record, self.manifest.shape, id, self._shards.describe(place))
 
     def _forget(self, ids: Sequence[str], spans: Sequence[Span] = ()) -> None:
-        """Delete under the protection of a journal, from every version."""
+        """Delete under the protection of a journal, from every version; an earlier one that failed is finished first."""
+        self._finish_deletion()
         Deletion(spans, self._catalogue.locate(ids)).save(self.path)
         self._finish_deletion()
 
@@ -392,6 +391,14 @@ class Bank:
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise BankError(f"{self.path} has no memory {unknown[0]}{more}: it was deleted, or never written here")
+
+
+def _bytes_under(folder: Path) -> int:
+    sizes = []
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another process may tidy up meanwhile
+            sizes.append(file.stat().st_size if file.is_file() else 0)
+    return sum(sizes)
 
 
 _OURS = {LOCK, FOLDER, SHARDS, f"{MANIFEST}.new"}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memory3.documents import is_part
 from memory3.shards import Place
 from memory3.spec import BankError, Reference
 
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 FOLDER = "index.lance"
 _IDS_PER_QUERY = 1024
 _TIES = 32
-_KEPT_VERSIONS = timedelta(hours=1)
+KEPT_VERSIONS = timedelta(hours=1)
+_FILES_PER_QUERY = 128
 _ATTEMPTS = 4
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -134,7 +137,8 @@ class Catalogue:
             }
             for e in entries
         ]
-        self._memories.add(pa.Table.from_pylist(rows, schema=_memories_schema()))
+        with _writing(self._folder):
+            self._memories.add(pa.Table.from_pylist(rows, schema=_memories_schema()))
 
     def add_spans(self, references: Iterable[Reference]) -> int:
         """One committed batch of those spans that are new; their number."""
@@ -144,30 +148,37 @@ class Catalogue:
         known = set(self._spans(dict.fromkeys(row[0] for row in wanted)))
         new = [dict(zip(_SPAN, row, strict=True)) for row in wanted if row not in known]
         if new:
-            self._sources.add(pa.Table.from_pylist(new, schema=_sources_schema()))
+            with _writing(self._folder):
+                self._sources.add(pa.Table.from_pylist(new, schema=_sources_schema()))
         return len(new)
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove memories and all their spans."""
-        for some in _batches(ids):
-            self._memories.delete(_among("id", some))
-            self._sources.delete(_among("memory", some))
+        with _writing(self._folder):
+            for some in _batches(ids):
+                self._memories.delete(_among("id", some))
+                self._sources.delete(_among("memory", some))
 
     def delete_spans(self, spans: Iterable[Span]) -> None:
         """Remove single rows of `sources`."""
         conditions = [
-            f"(memory = '{check_id(id)}' AND {_any_of('source', [source])} AND start = {int(start)} AND \"end\" = {int(end)})"
+            f"(memory = '{check_id(id)}' AND source = {_quoted(source)} AND start = {int(start)} AND \"end\" = {int(end)})"
             for id, source, start, end in spans
         ]
-        for some in _batches(conditions):
-            self._sources.delete(" OR ".join(some))
+        with _writing(self._folder):
+            for some in _batches(conditions):
+                self._sources.delete(" OR ".join(some))
 
-    def spans_of(self, sources: Sequence[str]) -> list[Span]:
-        """All spans of some sources."""
+    def spans_of(self, files: Sequence[str]) -> list[Span]:
+        """All spans of some files, of their rows, pages and chapters too."""
         found: list[Span] = []
-        for some in _batches(sources):
-            rows = _read(self._sources, partial(_selected, condition=_any_of("source", some), columns=_SPAN))
-            found += [(row["memory"], row["source"], row["start"], row["end"]) for row in rows]
+        for n in range(0, len(files), _FILES_PER_QUERY):
+            some = files[n : n + _FILES_PER_QUERY]
+            condition = " OR ".join(f"starts_with(source, {_quoted(file)})" for file in some)
+            rows = _read(self._sources, partial(_selected, condition=condition, columns=_SPAN))
+            found += [
+                (r["memory"], r["source"], r["start"], r["end"]) for r in rows if any(is_part(r["source"], f) for f in some)
+            ]
         return found
 
     def left_without(self, spans: Iterable[Span]) -> list[str]:
@@ -178,21 +189,28 @@ class Catalogue:
         return [id for id in ids if id not in kept]
 
     def where(self, condition: str | None, limit: int | None = None) -> list[dict[str, Any]]:
-        """Rows `id`, `text`, `tokens`, `created` of `memories` that an SQL condition on these columns selects, by id.
+        """Rows `id`, `text`, `tokens`, `created` of `memories` that an SQL condition on these columns selects, by id; the
+        first `limit` of them.
 
         Raises:
             BankError: LanceDB does not understand the condition.
         """
         columns = ["id", "text", "tokens", "created"]
         query = self._memories.search().select(columns)
+        if condition is not None:
+            # In parentheses, and the last one on a line of its own: LanceDB ignores what it does not understand behind a
+            # condition (LIMIT, a second statement), and what is ignored must not be deleted.
+            query = query.where(f"({condition}\n)")
         try:
-            found = (query if condition is None else query.where(condition)).limit(limit or None).to_arrow().to_pylist()
+            found = query.to_arrow().to_pylist()
         except (OSError, RuntimeError, ValueError) as error:
+            if condition is None:
+                raise _unreadable(error) from error
             reason = str(error).splitlines()[0]
             raise BankError(
                 f"found the filter {condition!r} ({reason}), expected SQL on the columns {', '.join(columns)}"
             ) from None
-        return sorted(found, key=lambda row: row["id"])
+        return sorted(found, key=lambda row: row["id"])[:limit]
 
     def every_place(self) -> dict[str, Place]:
         """Places of all memories."""
@@ -210,34 +228,29 @@ class Catalogue:
 
         columns = {"id": list(places), "shard": [p[0] for p in places.values()], "slot": [p[1] for p in places.values()]}
         schema = pa.schema([_memories_schema().field(name) for name in columns])
-        self._memories.merge_insert("id").when_matched_update_all().execute(pa.Table.from_pydict(columns, schema=schema))
+        with _writing(self._folder):
+            self._memories.merge_insert("id").when_matched_update_all().execute(pa.Table.from_pydict(columns, schema=schema))
 
     @property
     def version(self) -> tuple[int, int]:
         """Changes whenever anything is committed to the tables."""
         return int(self._memories.version), int(self._sources.version)
 
-    def optimise(self) -> None:
-        """Bring the indexes up to date, join small files, and drop versions of the tables older than an hour."""
-        for table in (self._memories, self._sources):
-            table.optimize(cleanup_older_than=_KEPT_VERSIONS)
+    def optimise(self, keep: timedelta = KEPT_VERSIONS) -> None:
+        """Bring the indexes up to date, join small files, and drop versions of the tables older than `keep`."""
+        with _writing(self._folder):
+            for table, name in ((self._memories, "memories"), (self._sources, "sources")):
+                table.optimize(cleanup_older_than=KEPT_VERSIONS)
+                if keep < KEPT_VERSIONS:
+                    _drop_versions(table, self._folder / f"{name}.lance", keep)
 
     def purge(self) -> None:
         """Take deleted rows out of every file: data is rewritten without them, indexes are made anew, and all older versions
         go, tagged ones too. Deletion beats snapshots.
         """
-        import lance
-
-        for table, name in ((self._memories, "memories"), (self._sources, "sources")):
-            stored = lance.dataset(str(self._folder / f"{name}.lance"))
-            for tag in stored.tags.list():
-                stored.tags.delete(tag)
-            stored.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
-            table.checkout_latest()
-            _index(table, name, replace=True)
-            stored = lance.dataset(str(self._folder / f"{name}.lance"))
-            stored.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
-            table.checkout_latest()
+        with _writing(self._folder):
+            for table, name in ((self._memories, "memories"), (self._sources, "sources")):
+                _purge(table, name, self._folder / f"{name}.lance")
 
     def _spans(self, ids: Iterable[str]) -> Iterator[Span]:
         for row in _rows_with(self._sources, "memory", ids, _SPAN):
@@ -271,10 +284,7 @@ def _read(table: Any, query: Callable[[Any], Any]) -> Any:
             return query(table)
         except (OSError, RuntimeError, ValueError) as error:
             if attempt == _ATTEMPTS - 1:
-                reason = str(error).splitlines()[0]
-                raise BankError(
-                    f"the tables cannot be read ({reason}): check them with memory3 bank verify, or restore them from a copy"
-                ) from error
+                raise _unreadable(error) from error
             table.checkout_latest()
             time.sleep(0.02 * attempt)
 
@@ -289,16 +299,52 @@ def _among(column: str, ids: Sequence[str]) -> str:
     return f"{column} IN ({listed})"
 
 
-def _any_of(column: str, values: Sequence[str]) -> str:
-    """An SQL condition on any texts."""
-    listed = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
-    return f"{column} IN ({listed})"
+def _unreadable(error: Exception) -> BankError:
+    reason = str(error).splitlines()[0]
+    return BankError(f"the tables cannot be read ({reason}): check them with memory3 bank verify, or restore them from a copy")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full or read-only disk under the tables is one clear sentence; what was committed before stays."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BankError(
+            f"{folder} cannot be written ({reason}): free some space or make it writable, then run it again"
+        ) from error
+
+
+def _quoted(text: str) -> str:
+    """A text as SQL."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _create(database: Any) -> None:
     """Empty tables with their indexes; what is already there stays."""
     for name, schema in (("memories", _memories_schema()), ("sources", _sources_schema())):
         _index(database.create_table(name, schema=schema, exist_ok=True), name)
+
+
+def _purge(table: Any, name: str, folder: Path) -> None:
+    import lance
+
+    stored = lance.dataset(str(folder))
+    for tag in stored.tags.list():
+        stored.tags.delete(tag)
+    stored.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
+    table.checkout_latest()
+    _index(table, name, replace=True)
+    _drop_versions(table, folder, timedelta(0))
+
+
+def _drop_versions(table: Any, folder: Path, keep: timedelta) -> None:
+    """Only the one writer may: files that no version names count as left behind."""
+    import lance
+
+    lance.dataset(str(folder)).cleanup_old_versions(older_than=keep, delete_unverified=True)
+    table.checkout_latest()
 
 
 def _index(table: Any, name: str, replace: bool = False) -> None:

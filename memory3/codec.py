@@ -27,6 +27,8 @@ MAGIC = b"M3KV"
 LIVE = 1
 _HEADER = struct.Struct("<4sHHI4x16s")  # magic, state, kept tokens, checksum, reserved, id
 _CHECKSUM = slice(8, 12)
+ID_OFFSET = 16
+"""Where a record holds the id of its memory."""
 
 
 def _aligned(size: int) -> int:

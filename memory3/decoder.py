@@ -163,7 +163,7 @@ class Decoder:
     def remember_fingerprint(self, fingerprint: str) -> None:
         """Take the fingerprint of unchanged files as this model's own, so that opening a bank need not hash.
 
-        It holds as long as no parameter that it covers changes.
+        It holds as long as torch counts no change of a parameter that it covers.
         """
         self._fingerprint = (self._weights_state(), fingerprint)
 

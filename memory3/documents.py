@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -66,6 +67,7 @@ def documents(
     *,
     text_field: str = "text",
     on_unreadable: OnUnreadable | None = None,
+    on_read: Callable[[str], None] | None = None,
 ) -> Iterator[Document]:
     """The documents of files, folders (read recursively, sorted by path, hidden names left out) and `-` (text on stdin).
 
@@ -73,6 +75,7 @@ def documents(
         source: one of these or several.
         text_field: field or column that holds the text, in JSON lines, CSV and Parquet.
         on_unreadable: told of each file or row that cannot be read, which is then left out; by default it is an error.
+        on_read: told of each file that was read to its end and left nothing out; not of stdin.
 
     Raises:
         SourceError: a path is missing or of an unknown kind (at once), or cannot be read (when it is its turn).
@@ -80,19 +83,41 @@ def documents(
     several = [source] if isinstance(source, str | os.PathLike) else list(source)
     paths = [path for one in several for path in _files(one)]
     told = on_unreadable or _raise
-    return (document for path in paths for document in _documents(path, text_field, told))
+    return (document for path in paths for document in _documents(path, text_field, told, on_read or _ignore))
+
+
+def is_part(source: str, file: str) -> bool:
+    """Whether a document's name is that of a file, or of a row, page or chapter in it."""
+    if not source.startswith(file):
+        return False
+    return source == file or _PART.fullmatch(source[len(file) :]) is not None
+
+
+_PART = re.compile(r":\d+|#page=\d+|#.+\.x?html?")
 
 
 def _raise(error: SourceError) -> None:
     raise error
 
 
-def _documents(path: Path | None, text_field: str, told: OnUnreadable) -> Iterator[Document]:
+def _ignore(name: str) -> None:
+    pass
+
+
+def _documents(path: Path | None, text_field: str, told: OnUnreadable, on_read: Callable[[str], None]) -> Iterator[Document]:
+    errors: list[SourceError] = []
+
+    def noted(error: SourceError) -> None:
+        errors.append(error)
+        told(error)
+
     try:
         if path is None:
             yield Document(STDIN, _decoded(sys.stdin.buffer.read(), STDIN))
         else:
-            yield from KINDS[path.suffix.lower()](path, _printable(path), text_field, told)
+            yield from KINDS[path.suffix.lower()](path, _printable(path), text_field, noted)
+            if not errors:
+                on_read(_printable(path))
     except SourceError as error:
         told(error)
     except OSError as error:

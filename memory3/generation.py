@@ -266,15 +266,17 @@ class _Stream:
         self.recall_s += perf_counter() - began
 
     def _recall_answers(self, step: int) -> None:
-        """The chunk just generated recalls for the next."""
+        """The chunk just generated recalls for the next; one without words keeps what it has."""
         assert self.recall is not None
         began, size = perf_counter(), self.decoder.spec.chunk_length
         going = [row for row in self.rows if not row.finish]
         decode = self.decoder.tokenizer.decode
         queries = [str(decode(row.ids[step - size : step], skip_special_tokens=True)).strip() for row in going]
-        for row, recalled in zip(going, self.recall(queries, [row.text for row in going]), strict=True):
-            row.recalls.append(recalled)
-            row.fresh = recalled
+        asking = [(row, query) for row, query in zip(going, queries, strict=True) if query]
+        found = iter(self.recall([query for _, query in asking], [row.text for row, _ in asking]) if asking else [])
+        for row, query in zip(going, queries, strict=True):
+            row.fresh = next(found) if query else replace(row.recalls[-1], query="", bytes_read=0)
+            row.recalls.append(row.fresh)
         self.recall_s += perf_counter() - began
 
     def _next(self, layout: Layout, chosen: Tensor) -> Layout:

@@ -30,7 +30,10 @@ def weights_fingerprint(model: nn.Module, last_layer: int) -> str:
 
 
 def weights_state(model: nn.Module, last_layer: int) -> object:
-    """What changes when a fingerprint may change: the parameters it covers, where they lie, and torch's count of changes."""
+    """What changes when a fingerprint may change: the parameters it covers, where they lie, and torch's count of changes.
+
+    A change in place through `parameter.data` is not counted by torch, and not seen here.
+    """
     parameters = [(name, t.data_ptr(), t._version, t.dtype) for name, t in _used(model, last_layer)]
     return parameters, _adapter_scalings(model, last_layer)
 

@@ -55,8 +55,8 @@ class Deletion:
             return cls(spans, places)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BankError(
-                f"{path} is ill-formed ({type(error).__name__}): an interrupted deletion cannot be finished; delete again what was to "
-                "go, then remove the file"
+                f"{path} is ill-formed ({type(error).__name__}): an interrupted deletion cannot be finished; remove the file, then "
+                "delete again what was to go"
             ) from None
 
     @staticmethod

@@ -107,16 +107,26 @@ _WITHOUT_EFFECT = {
     "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
     "disable_compile", "compile_config", "low_memory", "transformers_version", "is_assistant", "num_assistant_tokens",
     "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
-    "max_matching_ngram_size",
+    "max_matching_ngram_size", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size",
+    "continuous_batching_config", "assistant_early_exit", "assistant_ensemble_weight", "speculation_type",
 }  # fmt: skip
 """Fields about caches, outputs, beams and assistants: they never change what greedy search or sampling chooses."""
-_NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "diversity_penalty": 0.0}
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "guidance_scale": 1.0,
+    "encoder_repetition_penalty": 1.0,
+}
 
 
 def _check(config: Any) -> None:
-    """Refuse settings that this loop would otherwise pass over in silence."""
+    """Refuse settings that this loop would otherwise pass over in silence; what transformers does not know is no setting."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig().to_dict()
     for name, value in config.to_dict().items():
-        known = name in _HEEDED or name in _WITHOUT_EFFECT or name.startswith("_")
+        known = name in _HEEDED or name in _WITHOUT_EFFECT or name.startswith("_") or name not in settings
         if not known and value not in (None, False, 0, [], {}) and value != _NEUTRAL.get(name):
             raise SpecError(
                 f"found {name}={value!r} in the generation settings, expected greedy or sampling without it: "
@@ -125,7 +135,10 @@ def _check(config: Any) -> None:
 
 
 def _processors(config: Any, length: int, ends: list[int], device: torch.device) -> Any:
-    """Those of transformers' processors that its `generate` would build for a prompt of `length` tokens."""
+    """Those of transformers' processors that the settings ask for, in the order of its `generate`, for a prompt of `length` tokens.
+
+    What is not set is not applied: `generate` itself would add `top_k=50` when it samples.
+    """
     from transformers.generation import logits_process as lp
 
     found = lp.LogitsProcessorList()
@@ -153,9 +166,14 @@ def _processors(config: Any, length: int, ends: list[int], device: torch.device)
     if config.remove_invalid_values:
         found.append(lp.InfNanRemoveLogitsProcessor())
     if config.do_sample:
+        if config.temperature is not None and config.temperature <= 0:
+            raise SpecError(
+                f"found temperature={config.temperature} for sampling, expected more than 0: set do_sample=False for greedy"
+            )
         add(lp.TemperatureLogitsWarper, config.temperature, neutral=1.0)
         add(lp.TopKLogitsWarper, config.top_k)
-        add(lp.TopPLogitsWarper, config.top_p, neutral=1.0)
+        if config.top_p is not None and config.top_p < 1.0:
+            found.append(lp.TopPLogitsWarper(config.top_p))
         add(lp.MinPLogitsWarper, config.min_p)
         add(lp.TypicalLogitsWarper, config.typical_p, neutral=1.0)
         add(lp.EpsilonLogitsWarper, config.epsilon_cutoff)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -37,6 +37,7 @@ def references(
     length: int | None = None,
     text_field: str = "text",
     on_unreadable: OnUnreadable | None = None,
+    on_read: Callable[[str], None] | None = None,
 ) -> Iterator[Reference]:
     """References of documents, streamed in the order of the documents.
 
@@ -48,6 +49,7 @@ def references(
         text_field: field or column that holds the text, in JSON lines, CSV and Parquet; such a text has the source
             `FILE:LINE` or `FILE:ROW`.
         on_unreadable: told of each document that cannot be read, which is then left out; by default it is an error.
+        on_read: told of each file that was read to its end and left nothing out.
 
     Raises:
         SourceError: a source is missing, of an unknown kind or unreadable. Paths are looked at before the first
@@ -57,7 +59,7 @@ def references(
     if spec is not None:
         tokenizer, length = tokenizer.tokenizer, length or spec.reference_length
     most = 128 if length is None else length
-    found = documents(source, text_field=text_field, on_unreadable=on_unreadable)
+    found = documents(source, text_field=text_field, on_unreadable=on_unreadable, on_read=on_read)
 
     def streamed() -> Iterator[Reference]:
         for document in found:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memory3.bank import Bank
+from memory3.bank import SHARDS, Bank
 from memory3.catalogue import FOLDER
+from memory3.codec import ID_OFFSET
 from memory3.journal import JOURNAL
 from memory3.spec import BankError, Reference
 
@@ -35,21 +39,30 @@ class Verdict:
 
 
 def verify(bank: Bank, on_progress: Callable[[int, int | None], None] | None = None) -> Verdict:
-    """Recompute every checksum, and hold catalogue, shards and sources against each other."""
-    found = Verdict()
-    rows = {row["id"]: row for row in bank.where()}
-    ids = sorted(rows)
+    """Recompute every checksum, and hold catalogue, shards and sources against each other.
+
+    Writers are kept out meanwhile, where the folder can be written at all; nothing is changed.
+
+    Raises:
+        BankError: another process writes.
+    """
+    with bank.locked() if os.access(bank.path, os.W_OK) else nullcontext():
+        return _verified(bank, on_progress)
+
+
+def _verified(bank: Bank, on_progress: Callable[[int, int | None], None] | None) -> Verdict:
+    found, ids = Verdict(), bank.ids()
     for start in range(0, len(ids), _AT_ONCE):
         some = ids[start : start + _AT_ONCE]
-        found.problems += [problem for id in some for problem in _problems_of(bank, rows[id])]
+        found.problems += _problems_of(bank, some)
         found.memories += len(some)
         if on_progress:
             on_progress(found.memories, len(ids))
-    spans = bank.spans()
-    sourced = {memory for memory, _ in spans}
-    found.problems += [
-        f"source {source!r} names memory {id}, which is not there: write it again" for id, source in spans if id not in rows
-    ]
+    known, sourced = set(ids), set()
+    for memory, source in bank.spans():
+        sourced.add(memory)
+        if memory not in known:
+            found.problems.append(f"source {source!r} names memory {memory}, which is not there: write it again")
     found.problems += [f"memory {id} has no source: write its document again" for id in ids if id not in sourced]
     places = bank.places()
     twice = len(places) - len(set(places.values()))
@@ -62,13 +75,19 @@ def verify(bank: Bank, on_progress: Callable[[int, int | None], None] | None = N
     return found
 
 
-def _problems_of(bank: Bank, row: dict[str, Any]) -> Iterator[str]:
-    if Reference(row["text"]).id != row["id"]:
-        yield f"the text of memory {row['id']} is not the one that was written: delete it and write its document again"
+def _problems_of(bank: Bank, ids: Sequence[str]) -> Iterator[str]:
+    """Of some memories: their texts' ids, and their records; one by one only where something is wrong."""
+    for id, spans in bank.references(ids).items():
+        if spans[0].id != id:
+            yield f"the text of memory {id} is not the one that was written: delete it and write its document again"
     try:
-        bank.read([row["id"]])
-    except BankError as error:
-        yield str(error)
+        bank.read(ids)
+    except BankError:
+        for id in ids:
+            try:
+                bank.read([id])
+            except BankError as error:
+                yield str(error)
 
 
 def traces_of(bank: Bank, text: str) -> list[str]:
@@ -79,17 +98,25 @@ def traces_of(bank: Bank, text: str) -> list[str]:
     full-text index are stems in a transducer, where no text can be looked for; but an index lists the rows that its terms
     came from, and each of them must be there in a kept version. Memories whose text holds `text` are looked for in the
     records too, by the id in the header. Manifests, transactions and the journal hold texts as they are.
+
+    A text may be longer than a reference, so it is looked for sentence by sentence too, and stored texts are looked for in it.
     """
+    with bank.locked() if os.access(bank.path, os.W_OK) else nullcontext():
+        return _traces(bank, text)
+
+
+def _traces(bank: Bank, text: str) -> list[str]:
     found: list[str] = []
-    gone = {Reference(text).id}  # the text may be a whole reference that no row has any more
+    wanted = _pieces_of(text)
+    gone = {Reference(piece).id for piece in wanted}  # a whole reference that no row has any more
     live = _live_rows(bank.path)
     for file in sorted(p for p in bank.path.rglob("*") if p.is_file() and p.suffix != ".kv"):
         name = file.relative_to(bank.path)
         if file.suffix != ".lance":
-            found += [f"{name}: the text as it is"] if _as_it_is(file, text) else []
+            found += [f"{name}: the text as it is"] if any(_as_it_is(file, piece) for piece in wanted) else []
             continue
         columns = _decoded(file)
-        rows = [n for values in columns.values() for n, value in enumerate(values) if isinstance(value, str) and text in value]
+        rows = [n for values in columns.values() for n, value in enumerate(values) if _holds(value, text, wanted)]
         if rows:
             found.append(f"{name}: {len(rows)} values")
         if {"id", "text"} <= set(columns):
@@ -98,6 +125,19 @@ def traces_of(bank: Bank, text: str) -> list[str]:
         if dead:
             found.append(f"{name}: terms of {len(dead)} deleted rows")
     return found + _records_of(bank, gone)
+
+
+def _pieces_of(text: str) -> list[str]:
+    """The text itself, and its sentences of at least three words."""
+    sentences = re.split(r"(?<=[.!?。！？])\s+|\n+", text)
+    return list(dict.fromkeys([text, *(s.strip() for s in sentences if len(s.split()) >= 3)]))
+
+
+def _holds(value: Any, text: str, wanted: Sequence[str]) -> bool:
+    """Whether a stored value holds a piece of the text, or is itself a piece of it of at least three words."""
+    if not isinstance(value, str):
+        return False
+    return any(piece in value for piece in wanted) or (len(value.split()) >= 3 and value in text)
 
 
 def _live_rows(path: Path) -> dict[str, set[int]]:
@@ -134,11 +174,11 @@ def _as_it_is(file: Path, text: str) -> bool:
 def _records_of(bank: Bank, ids: Sequence[str] | set[str]) -> list[str]:
     wanted = {bytes.fromhex(id): id for id in ids}
     found = []
-    for file in sorted((bank.path / "shards").glob("*.kv")):
+    for file in sorted((bank.path / SHARDS).glob("*.kv")):
         size = bank.record_bytes
         with file.open("rb") as records:
             for slot in range(file.stat().st_size // size):
-                records.seek(slot * size + 16)
+                records.seek(slot * size + ID_OFFSET)
                 owner = wanted.get(records.read(16))
                 if owner:
                     found.append(f"record {slot} of {file.relative_to(bank.path)}: key-values of {owner}")

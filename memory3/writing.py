@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -9,14 +10,10 @@ from time import perf_counter
 
 from memory3.bank import Bank, MemoryWriter
 from memory3.catalogue import Span
-from memory3.documents import STDIN
 from memory3.spec import BankError, Reference
 
 WINDOW = 1024
 """References that are looked up and sorted by length together."""
-
-UNNAMED = ("", STDIN)
-"""Sources that name no document: what comes under them later is another one."""
 
 WINDOWS_PER_REFRESH = 8
 """Windows between two refreshes of the indexes, so that searches and manifests stay small in a long write."""
@@ -29,7 +26,8 @@ class WriteReport:
     Args:
         references: memories that are new in the bank.
         skipped: references whose content was there already; their places are noted.
-        removed: memories of changed documents that no document has any more.
+        stale: spans of the files read that these do not have any more, and that are still in the bank.
+        removed: memories that went because the files that had them changed.
         bytes: bytes of the new records.
         bytes_per_reference: bytes of one record.
         seconds: wall time.
@@ -37,6 +35,7 @@ class WriteReport:
 
     references: int
     skipped: int
+    stale: int
     removed: int
     bytes: int
     bytes_per_reference: int
@@ -50,12 +49,13 @@ def write(
     *,
     batch_size: int = 64,
     max_bytes: int | None = None,
+    read: Sequence[str] = (),
+    update: bool = False,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> WriteReport:
     """Encode references and store them; equal content is encoded once, also across calls.
 
-    Each batch is committed by itself: after a kill, the same call goes on where it stopped. At the end, sources that were
-    written again forget what their documents no longer say; sources in `UNNAMED` are never taken for the same document.
+    Each batch is committed by itself: after a kill, the same call goes on where it stopped.
 
     Args:
         decoder: the model that writes, the one the bank was opened with.
@@ -63,6 +63,8 @@ def write(
         bank: where they go; locked against other writers until the end.
         batch_size: references of one forward pass, and of one commit.
         max_bytes: most bytes of the bank's folder; a batch that would not fit is not encoded.
+        read: files that `references` reads to their end, told to its `on_read` meanwhile; all of their references pass here.
+        update: forget what the bank has of these files beyond their references now; otherwise it is only counted.
         on_progress: called with the references done so far and, where known, their total.
 
     Raises:
@@ -88,51 +90,52 @@ def write(
             done += len(rest)
             _tell(on_progress, done, total)
             if number % WINDOWS_PER_REFRESH == 0:
-                bank.refresh()
-        removed = bank.forget_spans(changes.stale(bank))
-        bank.refresh()
+                bank.refresh(keep_versions=max_bytes is None)
+        stale = changes.stale(bank, read) if read else []
+        removed = bank.forget_spans(stale) if update else 0
+        bank.refresh(keep_versions=max_bytes is None)
     size = bank.record_bytes
-    return WriteReport(written, done - written, removed, written * size, size, perf_counter() - started)
+    left = 0 if update else len(stale)
+    return WriteReport(written, done - written, left, removed, written * size, size, perf_counter() - started)
 
 
 def _check_budget(bank: Bank, batch: Sequence[Reference], max_bytes: int | None, written: int) -> None:
+    """Stop before the folder could grow beyond the budget; texts count four times, for their index and for a rewriting."""
     if max_bytes is None:
         return
-    wanted = sum(bank.record_bytes + 2 * len(reference.text.encode()) for reference in batch)  # text and its index
-    if (held := bank.total_bytes()) + wanted > max_bytes:
-        bank.refresh()
+    wanted = sum(bank.record_bytes + 4 * len(reference.text.encode()) for reference in batch) + bank.table_bytes()
+    held = bank.total_bytes()
+    if held + wanted > max_bytes:
+        bank.refresh(keep_versions=False)
         raise BankError(
-            f"{bank.path} has {held:,} bytes and the next {len(batch)} references want {wanted:,}, expected at most {max_bytes:,} in all: "
-            f"{written} new references were written, the rest was not; raise the budget, or delete and compact"
+            f"{bank.path} has {held:,} bytes and the next {len(batch)} references want up to {wanted:,}, expected at most "
+            f"{max_bytes:,} in all: {written} new references were written, the rest was not; raise the budget, or delete and compact"
         )
 
 
 class _Changes:
-    """Which spans the sources of a write have now.
+    """Which spans the files of a write have now.
 
     A span is kept as one number: a million of them take about 60 MB. Two that agree by chance keep a span that should go, and
     never the other way round.
     """
 
     def __init__(self) -> None:
-        self.now: dict[str, set[int]] = {}
+        self.now: set[int] = set()
 
     def take(self, window: Sequence[Reference]) -> None:
         """Note the references of a window."""
-        for reference in window:
-            if reference.source not in UNNAMED:
-                key = self.key((reference.id, reference.source, reference.start, reference.end))
-                self.now.setdefault(reference.source, set()).add(key)
+        self.now.update(self.key((r.id, r.source, r.start, r.end)) for r in window)
 
-    def stale(self, bank: Bank) -> list[Span]:
-        """Spans of the bank that these sources no longer have."""
-        return [span for span in bank.spans_of(list(self.now)) if self.key(span) not in self.now[span[1]]]
+    def stale(self, bank: Bank, read: Sequence[str]) -> list[Span]:
+        """Spans of the bank that the files read do not have any more."""
+        return [span for span in bank.spans_of(read) if self.key(span) not in self.now]
 
     @staticmethod
     def key(span: Span) -> int:
         """A number of 62 bits."""
-        id, _, start, end = span
-        return hash((int(id[:15], 16), start, end))
+        id, source, start, end = span
+        return hash((int(id[:15], 16), zlib.crc32(source.encode()), start, end))
 
 
 def _windows(references: Iterable[Reference]) -> Iterator[list[Reference]]:

@@ -77,7 +77,8 @@ def test_a_memory_goes_with_the_last_of_its_sources(tmp_path: Path) -> None:
     assert bank.delete_source("notes.txt") == 1
     assert (one.id in bank, two.id in bank) == (True, False)
     assert bank.delete_source("it's/other.txt") == 1
-    assert bank.delete_source("never there") == 0
+    with pytest.raises(BankError, match="has nothing of 'never there'"):
+        bank.delete_source("never there")
     assert (len(bank), bank.sources()) == (0, {})
 
 

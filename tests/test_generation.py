@@ -253,6 +253,19 @@ def test_settings_do_what_they_do_in_transformers_own_generate(setting: dict[str
     assert list(ours.ids) == own[0, ids.shape[1] :].tolist()
 
 
+def test_settings_about_caches_and_unknown_notes_do_not_matter_and_impossible_ones_are_refused(decoder: Decoder) -> None:
+    plain = complete(decoder, ["When?"], config=LONG, max_new_tokens=4)[0].ids
+    noted = GenerationConfig(eos_token_id=-1, do_sample=False, cache_implementation="hybrid", encoder_repetition_penalty=1.0)
+    noted.chat_format = "chatml"
+    assert complete(decoder, ["When?"], config=noted, max_new_tokens=4)[0].ids == plain
+    cold = GenerationConfig(do_sample=True)
+    cold.temperature = 0.0
+    with pytest.raises(SpecError, match="found temperature=0"):
+        complete(decoder, ["When?"], config=cold, max_new_tokens=4)
+    narrow = GenerationConfig(do_sample=True, top_p=0.0, eos_token_id=-1)  # only the best token is left
+    assert complete(decoder, ["When?"], config=narrow, max_new_tokens=4)[0].ids == plain
+
+
 def test_criteria_are_given_the_scores_of_the_step_and_no_room_is_refused(decoder: Decoder) -> None:
     shapes = []
 

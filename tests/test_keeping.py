@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from memory3.archive import LISTING, export_bank, import_bank
 from memory3.bank import Bank
 from memory3.cli import app
+from memory3.guard import replaced_bank
 from memory3.rebuilding import rebuild
 from memory3.recall import Recall
 from memory3.spec import BankError, BankMismatch, Memory, MemorySpec, Reference
@@ -65,10 +67,54 @@ def test_a_source_a_memory_or_a_filter_can_be_deleted(tmp_path: Path) -> None:
     assert bank.sources() == {"other.txt": 1}
     assert traces_of(bank, "notes.txt") == []
     assert traces_of(bank, "other.txt")
-    with pytest.raises(BankError, match="expected SQL on the columns id, text"):
-        bank.delete_where("nothing =")
+    for condition in ("nothing =", "text = 'two' LIMIT 1", "text = 'no'; text = 'two'", "text = 'two' ORDER BY id"):
+        with pytest.raises(BankError, match="expected SQL on the columns id, text"):
+            bank.delete_where(condition)
+    assert bank.delete_where("text = 'no') or (text = 'nor'") == 0
     assert len(bank) == 1
+    assert [row["id"] for row in bank.where("text = 'two' -- a remark")] == [two.id]
     assert {one.id, three.id, four.id}.isdisjoint(bank.ids())
+
+
+def test_a_document_goes_with_its_rows_and_pages_and_another_of_a_like_name_stays(tmp_path: Path) -> None:
+    decoder = FakeDecoder()
+    bank = Bank(tmp_path, decoder, create=True)
+    sources = ["a.jsonl:1", "a.jsonl:22", "a.jsonl", "a.jsonl.txt", "a.jsonl:notes.txt", "b'%_.pdf#page=3", "b'x_.pdf#page=3"]
+    references = [Reference(f"text {n}", source) for n, source in enumerate(sources)]
+    bank.add(references, decoder.encode([r.text for r in references]))
+    assert bank.delete_source("a.jsonl") == 3
+    assert bank.delete_source("b'%_.pdf") == 1
+    assert sorted(bank.sources()) == ["a.jsonl.txt", "a.jsonl:notes.txt", "b'x_.pdf#page=3"]
+    with pytest.raises(BankError, match="has nothing of 'a.jsonl'"):
+        bank.delete_source("a.jsonl.txt", "a.jsonl")
+    assert len(bank) == 3
+
+
+def test_a_long_text_is_absent_only_when_none_of_its_references_is_there(tmp_path: Path) -> None:
+    """A text that was split is found by its sentences, and by the references that are pieces of it."""
+    sentences = [f"Sentence number {n} of the long text says what it says." for n in range(4)]
+    bank, references = filled(tmp_path, *sentences)
+    assert traces_of(bank, " ".join(sentences))
+    bank.delete(r.id for r in references[1:])
+    assert traces_of(bank, " ".join(sentences))
+    bank.delete([references[0].id])
+    assert traces_of(bank, " ".join(sentences)) == []
+
+
+def test_a_second_deletion_finishes_the_first_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, [one, two, three] = filled(tmp_path, "one", "two", "three")
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with bank.exclusive():
+        with monkeypatch.context() as patch:
+            patch.setattr("memory3.catalogue._purge", full)
+            with pytest.raises(BankError, match="cannot be written .*No space left"):
+                bank.delete([one.id])
+        bank.delete([two.id])
+    assert bank.ids() == [three.id]
+    assert traces_of(bank, "one") == traces_of(bank, "two") == []
 
 
 def test_compacting_gives_space_back_and_readers_go_on(tmp_path: Path) -> None:
@@ -213,6 +259,10 @@ def test_an_archive_gives_the_same_bank(tmp_path: Path) -> None:
     assert verify(other).problems == []
     with pytest.raises(BankError, match="exists, expected a new name"):
         export_bank(bank, file)
+    with pytest.raises(BankError, match="lies inside the bank"):
+        export_bank(bank, tmp_path / "bank" / "x.tar")
+    with pytest.raises(BankError, match="has no folder to be in"):
+        export_bank(bank, tmp_path / "none" / "x.tar")
     with pytest.raises(BankError, match="exists, expected a new folder"):
         import_bank(file, tmp_path / "bank")
 
@@ -256,7 +306,7 @@ def test_an_archive_that_was_tampered_with_is_refused_and_leaves_nothing(
     bad = rewritten(tmp_path / "bank.tar", name, **options)  # type: ignore[arg-type]
     with pytest.raises(BankError, match=reason):
         import_bank(bad, tmp_path / "deep/er/new")
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name not in ("deep",)) == ["bad.tar", "bank", "bank.tar"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "deep") == ["bad.tar", "bank", "bank.tar"]
     assert not (tmp_path / "deep/er/new").exists()
 
 
@@ -268,6 +318,17 @@ def test_what_is_no_archive_or_lacks_a_file_is_refused(tmp_path: Path) -> None:
         import_bank(tmp_path / "none", tmp_path / "new")
     bank, _ = filled(tmp_path / "bank", "one")
     export_bank(bank, tmp_path / "bank.tar")
+    manifest = tmp_path / "bank/manifest.json"
+    listing = {"manifest.json": [manifest.stat().st_size, hashlib.blake2b(manifest.read_bytes(), digest_size=32).hexdigest()]}
+    for bad, reason in ((json.dumps(listing), "cannot be opened"), ('{"manifest.json": [Infinity, "x"]}', "is ill-formed")):
+        with tarfile.open(tmp_path / "only.tar", "w") as archive:
+            for name, data in ((LISTING, bad.encode()), ("manifest.json", manifest.read_bytes())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        with pytest.raises(BankError, match=reason):
+            import_bank(tmp_path / "only.tar", tmp_path / "new")
+        assert not (tmp_path / "new").exists()
     cut = tmp_path / "cut.tar"
     cut.write_bytes((tmp_path / "bank.tar").read_bytes()[:-20_000])
     with pytest.raises(BankError, match="lacks|is no archive|damaged"):
@@ -306,6 +367,43 @@ def test_a_bank_is_rebuilt_for_another_model_and_stays_whole_until_then(tmp_path
     assert verify(after).problems == []
     with pytest.raises(BankMismatch, match="memory3 bank rebuild"):
         Bank(path, FakeDecoder())
+    for use in (lambda: bank.read([short.id]), lambda: bank.add_sources([short])):  # opened before the rebuild
+        with pytest.raises(BankMismatch, match="was rebuilt or replaced since it was opened"):
+            use()
+
+
+def test_what_is_deleted_while_a_rebuild_waits_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, [_, secret] = filled(tmp_path / "bank", "one", SECRET)
+    bank.add([Reference("one", "gone.txt", 0, 3)], FakeDecoder().encode(["one"]))
+    other = FakeDecoder(weights="99" * 32)
+    with monkeypatch.context() as patch:
+        patch.setattr("memory3.rebuilding._forget_what_went", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rebuild(tmp_path / "bank", other)
+    bank.delete([secret.id])
+    bank.delete_source("gone.txt")
+    monkeypatch.chdir(tmp_path / "bank")
+    rebuild(Path("."), other)
+    after = Bank(tmp_path / "bank", other)
+    assert len(after) == 1
+    assert after.sources() == {"notes.txt": 1}
+    assert traces_of(after, SECRET) == []
+
+
+def test_a_kill_between_the_two_renames_of_a_rebuild_is_noticed(tmp_path: Path) -> None:
+    bank, [one] = filled(tmp_path / "bank", "one")
+    bank.close()
+    old = replaced_bank(tmp_path / "bank")
+    (tmp_path / "bank").rename(old)
+    with pytest.raises(BankError, match="a rebuild of it was interrupted"):
+        Bank(tmp_path / "bank", FakeDecoder(), create=True)
+    rebuild(tmp_path / "bank", FakeDecoder())
+    assert not old.exists()
+    old.mkdir()  # a kill before the old bank was removed
+    after = Bank(tmp_path / "bank", FakeDecoder())
+    after.refresh()
+    assert not old.exists()
+    assert same(after.read([one.id])[0], FakeDecoder().encode(["one"])[0])
 
 
 def test_the_command_line_lists_shows_deletes_checks_compacts_and_moves(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ ROWS = [
     ["spec"],
     ["attention", "rotation", "identity", "selection", "codec", "documents", "shards"],
     ["family", "catalogue", "manifest", "splitting"],
-    ["journal"],
+    ["journal", "guard"],
     ["decoder", "bank"],
     ["writing", "retrieval", "loading", "sampling", "verifying", "archive"],
     ["recall", "rebuilding"],

@@ -170,6 +170,15 @@ def test_a_bank_of_another_model_tokenizer_or_selection_is_refused_with_the_comm
         assert len(Bank(bank.path, same)) == 3
 
 
+def test_a_cold_start_leaves_other_references_of_the_same_document(decoder: Decoder, tmp_path: Path) -> None:
+    own = Bank(tmp_path / "own", decoder, create=True)
+    references = [Reference(text, "notes.txt", 10 * n, 10 * n + 5) for n, text in enumerate(TEXTS)]
+    write(decoder, references[:2], own)
+    [found] = Recall(own, references=references)(["When?"])
+    assert [h.id for h in found.hits] == [r.id for r in references]
+    assert len(own) == len(TEXTS)
+
+
 def test_generation_never_changes_what_is_stored(decoder: Decoder, bank: Bank) -> None:
     """MemOS #2301."""
     shards = sorted((bank.path / "shards").iterdir())

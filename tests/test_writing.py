@@ -7,10 +7,10 @@ from fakes import FakeDecoder, count, same, tokenizer
 
 from memory3 import writing
 from memory3.bank import Bank
-from memory3.spec import BankError, BankMismatch, Memory, Reference
+from memory3.spec import BankError, BankMismatch, Memory, Reference, SourceError
 from memory3.splitting import references
 from memory3.verifying import traces_of
-from memory3.writing import write
+from memory3.writing import WriteReport, write
 
 
 def many(number: int) -> list[Reference]:
@@ -36,30 +36,63 @@ def test_equal_content_is_encoded_once_within_a_write_and_across_writes(tmp_path
 
 
 def test_a_changed_document_replaces_only_the_references_that_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when its references are spread over windows, and between those of other documents."""
+    """Where it is asked to; otherwise what is stale is counted. Windows and the order of references do not matter."""
     monkeypatch.setattr(writing, "WINDOW", 2)
     decoder = FakeDecoder()
     bank = Bank(tmp_path / "bank", decoder, create=True)
     file, other = tmp_path / "notes.md", tmp_path / "other.md"
+
+    def again(*sources: Path, update: bool = False) -> WriteReport:
+        read: list[str] = []
+        return write(decoder, references(sources, decoder, on_read=read.append), bank, read=read, update=update)
+
     paragraphs = [f"Paragraph {n} says something else." for n in range(6)]
     file.write_text("\n\n".join(paragraphs))
     other.write_text(paragraphs[2])
-    first = write(decoder, references([file, other], decoder), bank)
-    assert first.removed == 0
+    assert again(file, other).stale == 0
     places, shared = bank.places(), Reference(paragraphs[2]).id
     paragraphs[2:4] = ["A newer paragraph says more."]
     file.write_text("\n\n".join(paragraphs))
     now = list(references(file, decoder))
-    report = write(decoder, now[::-1], bank)
-    assert (report.references, report.removed) == (1, 1)  # of the two that went, one stands in another document
+    first = again(file)
+    assert first.references == 1
+    assert first.stale > 0
+    assert first.removed == 0
+    assert len(bank) == 7
+    report = again(file, other, update=True)
+    assert (report.references, report.stale, report.removed) == (
+        0,
+        0,
+        1,
+    )  # of the two that went, one stands in another document
     assert {id for id in bank.ids() if id != shared} == {r.id for r in now}
     assert set(bank.spans_of([str(file)])) == {(r.id, r.source, r.start, r.end) for r in now}
     assert shared in bank
     assert all(bank.places()[id] == place for id, place in places.items() if id in bank)
     assert traces_of(bank, "Paragraph 3") == []
-    again = write(decoder, [*now, Reference("From Python.")], bank)
-    assert (again.references, again.removed) == (1, 0)
-    assert write(decoder, [Reference("From Python again.")], bank).removed == 0  # no name, no document
+    assert write(decoder, now[:1], bank, update=True).removed == 0  # nothing was read to its end, nothing is stale
+
+
+def test_what_an_emptied_file_or_a_lost_row_said_is_stale_and_what_could_not_be_read_is_not(tmp_path: Path) -> None:
+    decoder = FakeDecoder()
+    bank = Bank(tmp_path / "bank", decoder, create=True)
+    rows, text = tmp_path / "rows.jsonl", tmp_path / "text.txt"
+    rows.write_text('{"text": "first row"}\n{"text": "second row"}\n{"text": "third row"}\n')
+    text.write_text("some words")
+
+    def again() -> WriteReport:
+        read: list[str] = []
+        errors: list[SourceError] = []
+        found = references([rows, text], decoder, on_read=read.append, on_unreadable=errors.append)
+        return write(decoder, found, bank, read=read, update=True)
+
+    assert (again().references, len(bank)) == (4, 4)
+    rows.write_text('{"text": "first row"}\nno JSON at all\n')
+    text.write_text("")
+    assert again().removed == 1  # the file with the broken row keeps everything
+    rows.write_text('{"text": "first row"}\n{"text": "third row"}\n')
+    assert again().removed == 1
+    assert {spans[0].text for spans in bank.references(bank.ids()).values()} == {"first row", "third row"}
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])
@@ -78,11 +111,11 @@ def test_batch_size_changes_nothing_that_is_stored(tmp_path: Path, size: int, mo
 def test_a_byte_budget_stops_a_write_before_it_is_exceeded(tmp_path: Path) -> None:
     decoder = FakeDecoder()
     bank = Bank(tmp_path, decoder, create=True)
-    limit = bank.total_bytes() + 20 * bank.record_bytes
+    limit = bank.total_bytes() + 60_000
     with pytest.raises(BankError, match=r"expected at most .* in all: \d+ new references were written, the rest was not"):
         write(decoder, many(60), bank, batch_size=4, max_bytes=limit)
-    assert 0 < len(bank) < 20
-    assert bank.stats()["shard_bytes"] < limit
+    assert 0 < len(bank) < 60
+    assert bank.total_bytes() <= limit
     assert len(decoder.encoded) == len(bank)  # nothing was encoded in vain
     held = len(bank)
     assert write(decoder, many(60), bank, batch_size=4, max_bytes=10**9).references == 60 - held

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memory3.cli.common import Device, Dtype, Json, Model, decoder_of, progress
+from memory3.cli.common import Device, Dtype, Json, Model, TokensPerHead, decoder_of, progress
 
 bank_app = typer.Typer(no_args_is_help=True, help="Look at a bank, forget, check, compact, export and import.")
 FAULTY = 4
@@ -19,7 +19,7 @@ Where = Annotated[str | None, typer.Option(help="SQL on the columns id, text, to
 
 
 @bank_app.command()
-def stats(bank: Annotated[Path, typer.Argument(help="Folder of the bank.")], as_json: Json = False) -> None:
+def stats(bank: Folder, as_json: Json = False) -> None:
     """Say what is in a bank and what it weighs."""
     from memory3.bank import Bank
 
@@ -45,9 +45,10 @@ def list_(
 
     with Bank(bank) as opened:
         rows = opened.where(where)
-        places = opened.references(row["id"] for row in rows)
         if source is not None:
-            rows = [row for row in rows if any(r.source == source for r in places[row["id"]])]
+            there = {span[0] for span in opened.spans_of([source])}
+            rows = [row for row in rows if row["id"] in there]
+        places = opened.references(row["id"] for row in rows[:limit])
         for row in rows[:limit]:
             sources = [f"{r.source}:{r.start}-{r.end}" for r in places[row["id"]]]
             if as_json:
@@ -170,6 +171,7 @@ def rebuild(
     bank: Folder,
     model: Model = None,
     batch_size: Annotated[int, typer.Option(min=1, help="References of one forward pass.")] = 64,
+    tokens_per_head: TokensPerHead = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -179,7 +181,7 @@ def rebuild(
 
     from memory3.rebuilding import rebuild as rebuild_bank
 
-    with decoder_of(model, None, device, dtype) as decoder, progress("rebuilding") as tell:
+    with decoder_of(model, tokens_per_head, device, dtype) as decoder, progress("rebuilding") as tell:
         done = rebuild_bank(bank, decoder, batch_size=batch_size, on_progress=tell)
     report = done.report
     if as_json:

@@ -47,6 +47,9 @@ def write(
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text, in JSONL, CSV and Parquet.")] = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="References of one forward pass.")] = 64,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Stop before the folder of the bank grows beyond.")] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Forget what the bank has of these files that they do not say any more.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -59,21 +62,34 @@ def write(
     from memory3.writing import write as write_references
 
     unreadable: list[Memory3Error] = []
+    read: list[str] = []
     with decoder_of(model, tokens_per_head, device, dtype) as decoder:
         # Sources first: a bank is not made for documents that are not there.
-        found = references(list(sources), decoder, text_field=text_field, on_unreadable=unreadable.append)
+        found = references(list(sources), decoder, text_field=text_field, on_unreadable=unreadable.append, on_read=read.append)
         with Bank(bank, decoder, create=True) as opened, progress("writing") as tell:
-            report = write_references(decoder, found, opened, batch_size=batch_size, max_bytes=max_bytes, on_progress=tell)
+            report = write_references(
+                decoder,
+                found,
+                opened,
+                batch_size=batch_size,
+                max_bytes=max_bytes,
+                read=read,
+                update=update,
+                on_progress=tell,
+            )
     for error in unreadable:
         print(f"left out: {error}", file=sys.stderr)
     if as_json:
         print(json.dumps({**asdict(report), "unreadable": [str(error) for error in unreadable]}, ensure_ascii=False))
     else:
         print(
-            f"{report.references} references written, {report.skipped} known already, {report.removed} no longer there: "
-            f"{report.bytes:,} bytes, "
+            f"{report.references} references written, {report.skipped} known already: {report.bytes:,} bytes, "
             f"{report.bytes_per_reference:,} per reference, {report.seconds:.1f} s"
         )
+        if update:
+            print(f"{report.removed} memories forgotten that these files do not say any more")
+        elif report.stale:
+            print(f"{report.stale} references are of an earlier state of these files: `--update` forgets them")
     if unreadable:
         raise typer.Exit(INCOMPLETE)
 

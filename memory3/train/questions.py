@@ -263,7 +263,13 @@ def questions_of(title: str, sentence: str) -> list[Asked]:
 
 
 def as_typed(question: str, rng: random.Random) -> str:
-    """A question as people type it: sometimes in lower case, sometimes without its mark."""
+    """A question as people type it: sometimes in lower case, sometimes without its mark, sometimes in other words.
+
+    Other words are made by leaving some out: a question that people ask shares fewer words with the text than a rule's.
+    """
+    if rng.random() < 0.35:
+        first, *words = question.rstrip("?").split()
+        question = " ".join([first, *(w for w in words if rng.random() > 0.2)]) + "?"
     if rng.random() < 0.12:
         question = question.lower()
     return question.rstrip("?") if rng.random() < 0.08 else question
