@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check test clean
+.PHONY: setup demo check test faults clean
 
 setup: .venv/ready
 
@@ -23,6 +23,10 @@ check: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The fault campaign on banks in full: about fifteen minutes. Its small form is one of the tests.
+faults: setup
+	$(BIN)/python tests/faults.py
 
 clean:
 	rm -rf .venv runs build dist demo-bank

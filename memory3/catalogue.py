@@ -83,6 +83,11 @@ class Catalogue:
         """For each memory that exists its text at every place it came from, ordered by source and span."""
         wanted = list(ids)
         texts = {row["id"]: row["text"] for row in _rows_with(self._memories, "id", wanted, ("id", "text"))}
+        for id, text in texts.items():
+            if Reference(text).id != id:
+                raise BankError(
+                    f"the text of memory {id} is not the one that was written: delete the memory and write its document again"
+                )
         found: dict[str, list[Reference]] = {id: [] for id in wanted if id in texts}
         for id, source, start, end in sorted(self._spans(texts)):
             found[id].append(Reference(texts[id], source, start, end))

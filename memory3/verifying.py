@@ -77,17 +77,15 @@ def _verified(bank: Bank, on_progress: Callable[[int, int | None], None] | None)
 
 def _problems_of(bank: Bank, ids: Sequence[str]) -> Iterator[str]:
     """Of some memories: their texts' ids, and their records; one by one only where something is wrong."""
-    for id, spans in bank.references(ids).items():
-        if spans[0].id != id:
-            yield f"the text of memory {id} is not the one that was written: delete it and write its document again"
-    try:
-        bank.read(ids)
-    except BankError:
-        for id in ids:
-            try:
-                bank.read([id])
-            except BankError as error:
-                yield str(error)
+    for look in (bank.references, bank.read):
+        try:
+            look(ids)
+        except BankError:
+            for id in ids:
+                try:
+                    look([id])
+                except BankError as error:
+                    yield str(error)
 
 
 def traces_of(bank: Bank, text: str) -> list[str]:
