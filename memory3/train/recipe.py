@@ -25,7 +25,7 @@ LAYERS = (1, 2, 3, 4)
 TOKENS_PER_HEAD = 48
 """Chosen by the curve of exact match over slots in docs/results.md."""
 VOCABULARY = 8192
-STEPS = 3500
+STEPS = 3800
 PHASES = (
     Phase(
         until=600,
