@@ -94,7 +94,7 @@ def delete(
         gone = opened.delete(ids) if ids else 0
         gone += opened.delete_source(*source) if source else 0
         gone += opened.delete_where(where) if where else 0
-    print(json.dumps({"deleted": gone}) if as_json else f"{gone} memories deleted")
+    print(json.dumps({"deleted": gone}) if as_json else f"{gone} {'memory' if gone == 1 else 'memories'} deleted")
 
 
 @bank_app.command()

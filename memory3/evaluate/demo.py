@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from rich.console import Console
 from rich.table import Table
@@ -94,5 +95,5 @@ def _table(asked: list[Asked]) -> Table:
 
 
 def _marked(completion: Completion, answers: tuple[str, ...]) -> str:
-    said = completion.text.strip()
-    return f"{'✓' if exact_match(said, answers) else '✗'} {said}"
+    said = shorten(completion.text, 40, placeholder=" …")
+    return f"{'✓' if exact_match(completion.text.strip(), answers) else '✗'} {said}"
