@@ -287,7 +287,7 @@ def _read(table: Any, query: Callable[[Any], Any]) -> Any:
     for attempt in range(_ATTEMPTS):
         try:
             return query(table)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # damage can make LanceDB's Rust panic, which has a class of its own
             if attempt == _ATTEMPTS - 1:
                 raise _unreadable(error) from error
             table.checkout_latest()

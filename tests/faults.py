@@ -132,8 +132,7 @@ def kills(folder: Path, count: int, rng: random.Random) -> Tally:
         worker.stdout.readline()
         time.sleep(rng.uniform(0.02, 1.2))
         worker.kill()
-        said = [line.split() for line in worker.stdout.read().splitlines()]
-        worker.wait()
+        said = [line.split() for line in worker.communicate()[0].splitlines()]
         unsure: set[int] = set()
         for verb, *numbers in said:
             these = {int(x) for x in numbers}
