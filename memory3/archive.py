@@ -72,7 +72,7 @@ def import_bank(file: Path, path: Path, on_progress: OnProgress | None = None) -
     """
     path = Path(os.path.abspath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise BankError(f"{path} exists, expected a new folder: give another with --bank")
+        raise BankError(f"{path} exists, expected a new folder: give another")
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.memory3-importing")
     try:
         with tarfile.open(file, "r:") as archive:

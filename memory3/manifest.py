@@ -122,20 +122,25 @@ class Manifest:
         """Raise `BankMismatch` where memories of this bank mean nothing to the decoder of `identity`."""
         here = _plain(identity)
         model, other = self.identity["model"], here["model"]
+        if self.identity["spec"]["layers"] != here["spec"]["layers"]:  # then the weights that count differ by that alone
+            self._check_spec(folder, here)
         for key in ("weights", "tokenizer"):
             if self.identity[key] != here[key]:
                 raise BankMismatch(
                     f"{folder} was written by {model} ({key} {_brief(self.identity[key])}), this model is {other} "
                     f"({key} {_brief(here[key])}). {_MEND}"
                 )
+        self._check_spec(folder, here)
+        for key in ("rotation", "head_dim"):
+            if not _close(self.identity[key], here[key]):
+                raise BankMismatch(f"{folder} {_difference(key, key, self.identity[key], here[key])}. {_MEND}")
+
+    def _check_spec(self, folder: Path, here: Mapping[str, Any]) -> None:
         differing = [_difference("spec", *pair) for pair in _spec_differences(self.identity["spec"], here["spec"])]
         if differing:
             raise BankMismatch(
                 f"{folder} {'; '.join(differing)}. Attach the model with the spec of the bank, or encode its texts again: {_COMMAND}"
             )
-        for key in ("rotation", "head_dim"):
-            if not _close(self.identity[key], here[key]):
-                raise BankMismatch(f"{folder} {_difference(key, key, self.identity[key], here[key])}. {_MEND}")
 
 
 _COMMAND = "memory3 bank rebuild BANK"

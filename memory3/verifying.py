@@ -99,6 +99,8 @@ def traces_of(bank: Bank, text: str) -> list[str]:
 
     A text may be longer than a reference, so it is looked for sentence by sentence too, and stored texts are looked for in it.
     """
+    if not text.strip():
+        raise BankError("found an empty text to look for, expected some words")
     with bank.locked() if os.access(bank.path, os.W_OK) else nullcontext():
         return _traces(bank, text)
 

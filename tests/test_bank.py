@@ -149,6 +149,10 @@ def test_an_unfinished_creation_is_finished(tmp_path: Path) -> None:
             FakeDecoder(weights="ef" * 32, model="big"),
             r"written by fake \(weights abababab…\), this model is big \(weights efefefef…\)",
         ),
+        (
+            FakeDecoder(MemorySpec((0, 1), ((0, 1), (1,)), 4, 32), weights="ef" * 32),
+            r"spec layers \[0, 2\], this model has \[0, 1\]",
+        ),
         (FakeDecoder(tokenizer="01" * 32), r"\(tokenizer cdcdcdcd…\).*\(tokenizer 01010101…\)"),
         (FakeDecoder(rotation={"0": [1.0, 0.2]}), r'rotation \{"0": \[1.0, 0.1\]\}, this model has \{"0": \[1.0, 0.2\]\}'),
         (FakeDecoder(MemorySpec((0, 2), ((0, 1), (1,)), 5, 32)), "spec tokens_per_head 4, this model has 5"),

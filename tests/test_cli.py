@@ -103,6 +103,8 @@ def test_a_model_that_does_not_read_memory_is_told_of(
         cli.app, ["ask", "Which tower?", "--bank", str(bank), "--model", str(model), "--max-tokens", "2", "--json"]
     )
     assert "the recalled memories changed nothing" in found.stderr
+    nothing = CliRunner().invoke(cli.app, ["ask", "zzzz", "--bank", str(bank), "--model", str(model), "--max-tokens", "2"])
+    assert "nothing was recalled" in nothing.stderr
     assert json.loads(found.stdout.splitlines()[-1])["memory"]["logit_shift"] == 0.0
 
 
@@ -142,7 +144,7 @@ def test_bad_input_gets_one_sentence(tmp_path: Path, bank: Path, model: Path) ->
     assert "found no --bank" in refused(*ask)
     assert "no bank at" in refused(*ask, "--bank", tmp_path / "none")
     assert "found both --no-memory and --text" in refused(*ask, "--bank", bank, "--no-memory", "--text")
-    assert "found both or neither" in refused("ask", "--model", model, "--bank", bank)
+    assert "found neither a question nor --questions" in refused("ask", "--model", model, "--bank", bank)
     assert "found an empty question" in refused("ask", " ", "--model", model, "--bank", bank)
     assert "no readable questions" in refused("ask", "--questions", tmp_path / "none", "--model", model, "--bank", bank)
     assert "found no model at" in refused("ask", "Why?", "--model", tmp_path, "--bank", bank)

@@ -112,7 +112,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("bank stats", str(bank), "--json")
         run("bank list", str(bank), "--json")
         run("bank export", str(bank), str(folder / "bank.tar"), "--json")
-        run("bank import", str(folder / "bank.tar"), "--bank", str(folder / "copy"), "--json")
+        run("bank import", str(folder / "bank.tar"), str(folder / "copy"), "--json")
         run("bank verify", str(bank), "--json")
         run("bank rebuild", str(folder / "copy"), *common)
         shard = folder / "copy" / "shards" / "00000.kv"

@@ -418,7 +418,10 @@ def test_the_command_line_lists_shows_deletes_checks_compacts_and_moves(tmp_path
 
     assert two.id in run("list", folder, "--where", "text LIKE '%zanz%'")
     assert [json.loads(line)["id"] for line in run("list", folder, "--json").splitlines()] == sorted([one.id, two.id, three.id])
-    assert run("list", folder, "--source", "nowhere") == ""
+    with pytest.raises(BankError, match="has nothing of 'nowhere'"):
+        run("list", folder, "--source", "nowhere")
+    with pytest.raises(BankError, match="found an empty text"):
+        run("verify", folder, "--absent", " ")
     assert SECRET in run("show", folder, two.id)
     assert "from notes.txt:" in run("show", folder, two.id)
     assert "still there" in run("verify", folder, "--absent", "zanzibarquux", code=4)
@@ -426,6 +429,6 @@ def test_the_command_line_lists_shows_deletes_checks_compacts_and_moves(tmp_path
     assert "is nowhere in the bank" in run("verify", folder, "--absent", "zanzibarquux")
     assert json.loads(run("compact", folder, "--json")) == {"freed_bytes": bank.record_bytes}
     run("export", folder, str(tmp_path / "b.tar"))
-    assert json.loads(run("import", str(tmp_path / "b.tar"), "--bank", str(tmp_path / "c"), "--json"))["references"] == 2
+    assert json.loads(run("import", str(tmp_path / "b.tar"), str(tmp_path / "c"), "--json"))["references"] == 2
     with pytest.raises(BankError, match="found nothing to delete"):
         run("delete", folder)

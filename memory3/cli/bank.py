@@ -42,11 +42,14 @@ def list_(
 ) -> None:
     """List memories: id, tokens, sources and the beginning of the text; with --json one document a line."""
     from memory3.bank import Bank
+    from memory3.spec import BankError
 
     with Bank(bank) as opened:
         rows = opened.where(where)
         if source is not None:
             there = {span[0] for span in opened.spans_of([source])}
+            if not there:
+                raise BankError(f"{bank} has nothing of {source!r}, expected a source that `memory3 bank list {bank}` names")
             rows = [row for row in rows if row["id"] in there]
         places = opened.references(row["id"] for row in rows[:limit])
         for row in rows[:limit]:
@@ -63,7 +66,7 @@ def list_(
 
 @bank_app.command()
 def show(bank: Folder, id: Annotated[str, typer.Argument(help="Id of a memory, as `list` and citations give it.")]) -> None:
-    """Show one memory: its text, where it comes from, and which of its tokens were kept."""
+    """Show one memory: its text, where it comes from, and what was kept of it."""
     from memory3.bank import Bank
 
     with Bank(bank) as opened:
@@ -154,7 +157,7 @@ def export(bank: Folder, file: Annotated[Path, typer.Argument(help="The archive 
 @bank_app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="An archive that `export` made.")],
-    bank: Annotated[Path, typer.Option(help="Folder of the new bank.")],
+    bank: Annotated[Path, typer.Argument(help="Folder of the new bank.")],
     as_json: Json = False,
 ) -> None:
     """Make a bank out of an archive; sizes, checksums and names are checked."""

@@ -99,7 +99,9 @@ def ask(
     question: Annotated[str | None, typer.Argument(help="The question.")] = None,
     bank: Banks = None,
     model: Model = None,
-    questions: Annotated[Path | None, typer.Option(help="File with one question a line.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="File with one question a line, as text or as JSON with `question`.")
+    ] = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Closed book.")] = False,
     text: Annotated[bool, typer.Option("--text", help="The references as plain text in the prompt (RAG).")] = False,
     min_score: MinScore = None,
@@ -118,7 +120,8 @@ def ask(
     from memory3.spec import SourceError
 
     if (question is None) == (questions is None):
-        raise SourceError("found both or neither of a question and --questions, expected one of them")
+        found = "neither a question nor" if question is None else "both a question and"
+        raise SourceError(f"found {found} --questions, expected one of them")
     if no_memory and text:
         raise SourceError("found both --no-memory and --text, expected one of them: closed book, or the references as text")
     with decoder_of(model, tokens_per_head, device, dtype) as decoder:
@@ -188,6 +191,8 @@ def _warn_if_silent(documents: list[dict[str, Any]]) -> None:
     """The guard against silent ineffectiveness."""
     for made in documents:
         shift = made["memory"]["logit_shift"]
+        if shift is not None and not made["memory"]["references"]:
+            print("warning: nothing was recalled: this answer is closed book (--min-score says so instead)", file=sys.stderr)
         if made["memory"]["references"] and shift is not None and shift < 1e-4:
             print(
                 f"warning: the recalled memories changed nothing (logit shift {shift:.1e} nats): this model does not read memory; "

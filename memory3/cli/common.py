@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a decoder; by default the model that ships.")]
 Banks = Annotated[list[Path] | None, typer.Option("--bank", help="Bank to recall from; may be given several times.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="JSON on stdout: one document as the last line, or one a line for questions and lists.")
+]
 MinScore = Annotated[float | None, typer.Option(help="Recall nothing that scores below.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most new tokens.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
