@@ -131,7 +131,7 @@ def run(decoder: Decoder, objective: Objective, settings: Settings, report: Repo
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep large blocks instead of giving them back after every step; a third of a step on two cores.
+    """Tell glibc to keep large blocks instead of giving them back after every step.
 
     A step frees and asks again for the same hundreds of megabytes, and the kernel clears each page anew. No other C
     library knows `mallopt`; there nothing changes.
