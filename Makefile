@@ -24,7 +24,7 @@ check: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# The fault campaign on banks in full: about fifteen minutes. Its small form is one of the tests.
+# The fault campaign on banks in full: it takes many minutes. Its small form is one of the tests.
 faults: setup
 	$(BIN)/python tests/faults.py
 
