@@ -114,7 +114,13 @@ def document(
             for id, r, share in cited
         ],
         "recalls": [
-            {"chunk": chunk, "query": r.query, "ids": [h.id for h in r.hits], "scores": [h.score for h in r.hits]}
+            {
+                "chunk": chunk,
+                "query": r.query,
+                "ids": [h.id for h in r.hits],
+                "scores": [h.score for h in r.hits],
+                "versions": list(r.versions),
+            }
             for chunk, r in recalls
         ],
         "memory": _memory([] if as_text else [r for _, r in recalls], effect, found),

@@ -7,53 +7,29 @@ One process writes at a time; any number read, and see each batch whole or not a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
 
-import torch
-
-from memory3.catalogue import FOLDER, KEPT_VERSIONS, Catalogue, Entry, Hit, Span, check_id
+from memory3.catalogue import FOLDER, KEPT_VERSIONS, Catalogue, Entry, Span
 from memory3.codec import Codec, RawCodec
 from memory3.documents import is_part
+from memory3.embedding import Embedder, VectorSpace
 from memory3.guard import LOCK, Guard, replaced_bank
 from memory3.journal import Deletion
-from memory3.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from memory3.shards import Place, Shards
-from memory3.spec import BankError, BankMismatch, Memory, MemorySpec, Reference
+from memory3.manifest import MANIFEST, Manifest
+from memory3.reader import BankReader, MemoryWriter, version_name
+from memory3.shards import Shards
+from memory3.spec import BankError, BankMismatch, Memory, Reference
 
-__all__ = ["Bank", "Hit", "MemoryWriter"]
+__all__ = ["Bank"]
 
 MAX_SHARD_BYTES = 256 * 2**20
 SHARDS = "shards"
 
 
-class MemoryWriter(Protocol):
-    """What a bank and `write` need of a decoder."""
-
-    spec: MemorySpec
-    """Resolved: layers and heads spelled out."""
-    tokenizer: Any
-
-    @property
-    def head_dim(self) -> int:
-        """`D`."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of keys and values."""
-
-    def identity(self) -> dict[str, Any]:
-        """JSON values `model`, `weights`, `tokenizer`, `rotation`, `spec`, `head_dim`, `dtype` (docs/bank.md)."""
-
-    def encode(self, texts: Sequence[str]) -> list[Memory]:
-        """Memories `(P, K, D)` of the texts, in order."""
-
-
-class Bank:
+class Bank(BankReader):
     """A folder of memories that one model wrote.
 
     Args:
@@ -62,10 +38,13 @@ class Bank:
         create: make the bank where there is none.
         codec: codec of a new bank, by default raw in the dtype of the model; for an existing one it must match.
         max_shard_bytes: size limit of the key-value files of a new bank.
+        embedder: gives a new bank vectors, so that it can be searched by meaning; for an existing one it must match. By
+            default an existing bank loads its own by name, when it needs it.
+        at: look at an earlier state, a tag or a version as `versions` gives it; nothing can be written then.
 
     Raises:
-        BankError: missing, damaged, or a folder of something else.
-        BankMismatch: written by another model, tokenizer, rotation, spec, codec or format.
+        BankError: missing, damaged, a folder of something else, or a state that is not kept.
+        BankMismatch: written by another model, tokenizer, rotation, spec, codec, embedder or format.
     """
 
     def __init__(
@@ -76,94 +55,24 @@ class Bank:
         *,
         codec: Codec | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        embedder: Embedder | None = None,
+        at: str | None = None,
     ) -> None:
-        self.path, self.decoder = Path(path), decoder
+        self.path = Path(path)
+        self.at: str | None = None
         self._guard = Guard(self.path, self._finish_deletion)
         if not (self.path / MANIFEST).is_file():
-            self._create(create, codec, max_shard_bytes)
+            self._create(create, decoder, codec, max_shard_bytes, embedder)
         self._guard.remember()
-        self.manifest = Manifest.load(self.path)
-        if decoder is not None:
-            self.manifest.check(self.path, decoder.identity())
+        manifest = Manifest.load(self.path)
+        self._shards = Shards(self.path / SHARDS, manifest.record_bytes, manifest.records_per_shard)
+        catalogue = Catalogue(self.path / FOLDER)
+        super().__init__(str(self.path), decoder, manifest, catalogue, self._shards, embedder, at)
         if codec is not None and codec != self.manifest.codec:
             raise BankMismatch(
                 f"{self.path} has codec {_named(self.manifest.codec)}, expected {_named(codec)}: "
                 f"leave the codec out, or write a new bank: memory3 write … --bank NEW"
             )
-        self._catalogue = Catalogue(self.path / FOLDER)
-        self._shards = Shards(self.path / SHARDS, self.manifest.record_bytes, self.manifest.records_per_shard)
-
-    def __enter__(self) -> Bank:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def __len__(self) -> int:
-        """Memories in the bank."""
-        return len(self._catalogue)
-
-    def __contains__(self, id: object) -> bool:
-        return isinstance(id, str) and bool(self._catalogue.locate([id]))
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes that reading one memory takes from disk."""
-        return self.manifest.record_bytes
-
-    def close(self) -> None:
-        """Unmap the key-value files; the bank may be used again, and maps them again."""
-        self._shards.close()
-
-    # Read
-
-    def ids(self) -> list[str]:
-        """Ids of all memories, ascending."""
-        return self._catalogue.ids()
-
-    def sources(self) -> dict[str, int]:
-        """All sources and how many references each has."""
-        return self._catalogue.sources()
-
-    def places(self) -> dict[str, Place]:
-        """Shard and slot of every memory's record."""
-        return self._catalogue.every_place()
-
-    def spans(self) -> list[tuple[str, str]]:
-        """Memory and source of every span."""
-        return self._catalogue.every_span()
-
-    def spans_of(self, files: Sequence[str]) -> list[Span]:
-        """The spans of some files, with their rows, pages and chapters: id of the memory, source, start, end."""
-        return self._catalogue.spans_of(files)
-
-    def missing(self, ids: Iterable[str]) -> list[str]:
-        """Those ids that the bank has no memory for, in order, each once."""
-        wanted = list(dict.fromkeys(ids))
-        known = self._catalogue.locate(wanted)
-        return [id for id in wanted if id not in known]
-
-    def references(self, ids: Iterable[str]) -> dict[str, list[Reference]]:
-        """The text of each memory at every place it came from, by source and span; `BankError` for unknown ids."""
-        wanted = list(dict.fromkeys(ids))
-        found = self._catalogue.references(wanted)
-        self._refuse_unknown(id for id in wanted if id not in found)
-        return found
-
-    def read(self, ids: Sequence[str]) -> list[Memory]:
-        """Memories `(P, K, D)` on the CPU, in the dtype of the decoder; each its own copy.
-
-        Raises:
-            BankError: an id is unknown, or its record is damaged.
-        """
-        self._guard.check()
-        places = self._catalogue.locate(ids)
-        self._refuse_unknown(id for id in ids if id not in places)
-        return [self._read(id, places[id]) for id in ids]
-
-    def search(self, query: str, k: int) -> list[Hit]:
-        """The `k` memories whose text shares most with the words of the query (BM25); score descending, then id."""
-        return self._catalogue.search(query, k)
 
     def total_bytes(self) -> int:
         """Bytes of all files of the folder."""
@@ -172,28 +81,6 @@ class Bank:
     def table_bytes(self) -> int:
         """Bytes of texts, sources and index."""
         return _bytes_under(self.path / FOLDER)
-
-    def stats(self) -> dict[str, Any]:
-        """Counts and sizes, as plain JSON values; sizes in bytes."""
-        spec = MemorySpec.from_json(self.manifest.identity["spec"])
-        count, total = len(self), self.total_bytes()
-        return {
-            "path": str(self.path),
-            "references": count,
-            "sources": len(self.sources()),
-            "bytes": total,
-            "bytes_per_reference": self.record_bytes,
-            "shard_bytes": self._shards.total_bytes(),
-            "text_bytes": self._catalogue.text_bytes(),
-            "model": self.manifest.identity["model"],
-            "layers": list(spec.layers or ()),
-            "heads": [list(row) for row in spec.heads or ()],
-            "tokens_per_head": spec.tokens_per_head,
-            "codec": self.manifest.codec.name,
-            "created": self.manifest.created,
-            "created_by": self.manifest.created_by,
-            "format_version": FORMAT_VERSION,
-        }
 
     # Write
 
@@ -262,10 +149,6 @@ class Bank:
                 self._forget(orphans, spans)
         return len(orphans)
 
-    def where(self, condition: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-        """`id`, `text`, `tokens` and `created` of the memories that an SQL condition on these selects: the first `limit` by id."""
-        return self._catalogue.where(condition, limit)
-
     def refresh(self, keep_versions: bool = True) -> None:
         """Bring the indexes up to date. Searches find new rows before that too, more slowly.
 
@@ -293,10 +176,39 @@ class Bank:
             self._catalogue.optimise()
             return before - self._shards.total_bytes()
 
-    @property
-    def version(self) -> tuple[int, int]:
-        """Changes whenever anything is committed to the bank."""
-        return self._catalogue.version
+    def embed(
+        self, embedder: Embedder | None, batch_size: int = 256, on_progress: Callable[[int, int | None], None] | None = None
+    ) -> int:
+        """Give every memory a vector of this embedder, so that the bank can be searched by meaning; how many were made.
+
+        Each batch is committed by itself, so the same call goes on after a kill. Vectors of another embedder go first. `None`
+        takes all vectors away.
+        """
+        with self.exclusive():
+            made, total = 0, len(self)
+            space = None if embedder is None else VectorSpace.of(embedder)
+            if self.space is not None and (embedder is None or not self.space.same_as(space)):
+                self._catalogue.make_space(None)
+            if embedder is not None and self.space is None:
+                self._catalogue.make_space(space)
+            self._embedder = embedder
+            while embedder is not None and (some := self._catalogue.without_vector(batch_size)):
+                self._catalogue.fill_vectors([id for id, _ in some], embedder.embed([text for _, text in some]))
+                made += len(some)
+                if on_progress:
+                    on_progress(made, total)
+            self._catalogue.optimise()
+            return made
+
+    def tag(self, name: str) -> str:
+        """Keep the present state under a name; its version. `BankError` where the name is taken."""
+        with self.exclusive():
+            return version_name(self._catalogue.tag(name))
+
+    def untag(self, name: str) -> None:
+        """Keep a state no longer; `BankError` where no state has the name."""
+        with self.exclusive():
+            self._catalogue.untag(name)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Be the only writer inside the block, across processes; may be nested. A deletion that a kill interrupted is
@@ -306,13 +218,27 @@ class Bank:
             BankError: another writer is at work, or the folder cannot be written.
             BankMismatch: the bank was rebuilt since it was opened.
         """
+        if self.at is not None:
+            raise BankError(
+                f"{self.path} was opened at {self.at}, an earlier state, to be looked at: open it without `at` to write"
+            )
         return self._guard.exclusive()
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep writers out inside the block, and change nothing; `BankError` where one is at work."""
         return self._guard.locked()
 
-    def _create(self, create: bool, codec: Codec | None, max_shard_bytes: int) -> None:
+    def _check(self) -> None:
+        self._guard.check()
+
+    def _create(
+        self,
+        create: bool,
+        decoder: MemoryWriter | None,
+        codec: Codec | None,
+        max_shard_bytes: int,
+        embedder: Embedder | None,
+    ) -> None:
         """Lay out an empty bank; the manifest comes last, so a folder with one is complete."""
         if not create:
             raise BankError(f"no bank at {self.path}; write one: memory3 write SOURCES --bank {self.path}")
@@ -320,7 +246,7 @@ class Bank:
             raise BankError(
                 f"no bank at {self.path}, but a rebuild of it was interrupted: run it again, memory3 bank rebuild {self.path}"
             )
-        if self.decoder is None:
+        if decoder is None:
             raise BankError(
                 f"no bank at {self.path}, and none can be made without a model: give the decoder that will write it"
             )
@@ -331,10 +257,11 @@ class Bank:
             raise BankError(f"{self.path} cannot be made ({error.strerror}): give a folder that can be written") from error
         if foreign:
             raise BankError(f"{self.path} is no bank, it holds {foreign[0]!r} and more: give an empty or a new folder")
+        space = None if embedder is None else VectorSpace.of(embedder)
         with self.exclusive():
             if not (self.path / MANIFEST).is_file():
-                Catalogue(self.path / FOLDER, create=True)
-                Manifest.new(self.decoder.identity(), codec or RawCodec.of(self.decoder.dtype), max_shard_bytes).save(self.path)
+                Catalogue(self.path / FOLDER, create=True, space=space)
+                Manifest.new(decoder.identity(), codec or RawCodec.of(decoder.dtype), max_shard_bytes).save(self.path)
 
     def _append(self, references: Sequence[Reference], memories: Sequence[Memory]) -> None:
         assert self.decoder is not None, "exclusive() has checked"
@@ -343,25 +270,9 @@ class Bank:
         lengths = [
             len(ids) for ids in self.decoder.tokenizer([r.text for r in references], add_special_tokens=False)["input_ids"]
         ]
+        vectors = [None] * len(records) if self.space is None else self.embedder.embed([r.text for r in references])
         places = self._shards.append(records)
-        self._catalogue.add_memories([Entry(*row) for row in zip(references, lengths, places, strict=True)])
-
-    def _read(self, id: str, place: Place) -> Memory:
-        """One memory; looked up again where a writer moved or erased the record since."""
-        try:
-            memory = self._decoded(id, place)
-        except BankError:
-            now = self._catalogue.locate([id])
-            self._refuse_unknown(() if id in now else (id,))
-            if now[id] == place:
-                raise
-            memory = self._decoded(id, now[id])
-        dtype = memory.keys.dtype if self.decoder is None else self.decoder.dtype
-        return Memory(memory.keys.to(dtype), memory.values.to(dtype), memory.positions)
-
-    def _decoded(self, id: str, place: Place) -> Memory:
-        record = self._shards.read(*place)
-        return self.manifest.codec.decode(record, self.manifest.shape, id, self._shards.describe(place))
+        self._catalogue.add_memories([Entry(*row) for row in zip(references, lengths, places, vectors, strict=True)])
 
     def _forget(self, ids: Sequence[str], spans: Sequence[Span] = ()) -> None:
         """Delete under the protection of a journal, from every version; an earlier one that failed is finished first."""
@@ -385,12 +296,6 @@ class Bank:
             raise BankError(
                 f"{self.path} was opened without a model, to be looked at: open it with the model that wrote it to write"
             )
-
-    def _refuse_unknown(self, ids: Iterable[str]) -> None:
-        unknown = [check_id(id) for id in ids]
-        if unknown:
-            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-            raise BankError(f"{self.path} has no memory {unknown[0]}{more}: it was deleted, or never written here")
 
 
 def _bytes_under(folder: Path) -> int:

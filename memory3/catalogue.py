@@ -1,11 +1,10 @@
-"""Texts and sources of a bank, and where its records lie: two LanceDB tables with a full-text index (docs/bank.md)."""
+"""Texts, sources and vectors of a bank, and where its records lie (docs/bank.md)."""
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -13,23 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory3.documents import is_part
+from memory3.embedding import VectorSpace
 from memory3.shards import Place
 from memory3.spec import BankError, Reference
+from memory3.tables import VECTOR, Table, among, batches, check_id, memories_schema, quoted, sources_schema, unreadable, writing
+from memory3.tables import create as create_tables
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 FOLDER = "index.lance"
-_IDS_PER_QUERY = 1024
 _TIES = 32
 KEPT_VERSIONS = timedelta(hours=1)
 _FILES_PER_QUERY = 128
-_ATTEMPTS = 4
-_ID = re.compile(r"[0-9a-f]{32}")
-
+PROBED, REFINED = 32, 8
+"""Parts of an approximate index that a search looks at, and how many candidates per hit it compares exactly."""
 
 Span = tuple[str, str, int, int]
 """A row of `sources`: id of the memory, source, first character, character behind the last."""
+
+Version = tuple[int, int]
+"""Versions of `memories` and `sources` that belong together."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,12 @@ class Hit:
 
 @dataclass(frozen=True)
 class Entry:
-    """A new row of `memories`: a reference, its length in tokens, and where its record lies."""
+    """A new row of `memories`: a reference, its length in tokens, where its record lies, and its vector `(E,)`."""
 
     reference: Reference
     tokens: int
     place: Place
+    vector: np.ndarray | None = None
 
 
 class Catalogue:
@@ -54,35 +59,66 @@ class Catalogue:
 
     Every call sees what other processes committed before it. Only `Bank` writes, under its lock.
 
+    Args:
+        folder: a path, or an address as LanceDB takes it.
+        create: make the tables where there are none.
+        space: which vectors new tables hold; none by default.
+        options: storage options of Lance, for object stores.
+
     Raises:
         BankError: the tables are missing or cannot be opened.
     """
 
-    def __init__(self, folder: Path, *, create: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        create: bool = False,
+        space: VectorSpace | None = None,
+        options: dict[str, str] | None = None,
+    ) -> None:
         import lancedb
 
+        self.folder = str(folder)
         try:
-            database = lancedb.connect(folder, read_consistency_interval=timedelta(0))
+            database = lancedb.connect(self.folder, read_consistency_interval=timedelta(0), storage_options=options)
             if create:
-                _create(database)
-            self._folder = Path(folder)
-            self._memories, self._sources = database.open_table("memories"), database.open_table("sources")
+                create_tables(database, None if space is None else space.field(VECTOR))
+            self._memories = Table(database, self.folder, "memories", options=options)
+            self._sources = Table(database, self.folder, "sources", options=options)
+            self._newest = self._memories
+            self._database, self._options = database, options
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise BankError(f"{folder} cannot be opened ({reason}): restore it from a copy, or write a new bank") from error
+        self.space = self._space()
+
+    def at(self, version: Version) -> Catalogue:
+        """An earlier state; records are found where the newest one says they lie."""
+        earlier = copy(self)
+        earlier._memories, earlier._sources = (
+            Table(self._database, self.folder, table.name, at, self._options)
+            for table, at in zip(self._tables, version, strict=True)
+        )
+        earlier.space = earlier._space()
+        return earlier
+
+    def _space(self) -> VectorSpace | None:
+        schema = self._memories.schema
+        return VectorSpace.from_field(schema.field(VECTOR)) if VECTOR in schema.names else None
 
     def __len__(self) -> int:
-        return int(_read(self._memories, lambda t: t.count_rows()))
+        return int(self._memories.read(lambda table: table.count_rows()))
 
     def locate(self, ids: Iterable[str]) -> dict[str, Place]:
         """Places of those memories that exist."""
         columns = ("id", "shard", "slot")
-        return {row["id"]: (row["shard"], row["slot"]) for row in _rows_with(self._memories, "id", ids, columns)}
+        return {row["id"]: (row["shard"], row["slot"]) for row in self._newest.rows_with("id", ids, columns)}
 
     def references(self, ids: Iterable[str]) -> dict[str, list[Reference]]:
         """For each memory that exists its text at every place it came from, ordered by source and span."""
         wanted = list(ids)
-        texts = {row["id"]: row["text"] for row in _rows_with(self._memories, "id", wanted, ("id", "text"))}
+        texts = {row["id"]: row["text"] for row in self._memories.rows_with("id", wanted, ("id", "text"))}
         for id, text in texts.items():
             if Reference(text).id != id:
                 raise BankError(
@@ -95,11 +131,11 @@ class Catalogue:
 
     def ids(self) -> list[str]:
         """All ids, ascending."""
-        return sorted(_read(self._memories, lambda t: t.search().select(["id"]).to_arrow())["id"].to_pylist())
+        return sorted(self._memories.column("id")["id"].to_pylist())
 
     def sources(self) -> dict[str, int]:
         """All sources and how many spans each has, by name."""
-        found = _read(self._sources, lambda t: t.search().select(["source"]).to_arrow())
+        found = self._sources.column("source")
         counts = found["source"].value_counts().to_pylist()
         return {row["values"]: row["counts"] for row in sorted(counts, key=lambda row: str(row["values"]))}
 
@@ -107,7 +143,7 @@ class Catalogue:
         """Bytes of all texts in UTF-8."""
         import pyarrow.compute as pc
 
-        texts = _read(self._memories, lambda t: t.search().select(["text"]).to_arrow())["text"]
+        texts = self._memories.column("text")["text"]
         return int(pc.sum(pc.binary_length(texts)).as_py() or 0)
 
     def search(self, text: str, k: int) -> list[Hit]:
@@ -120,14 +156,53 @@ class Catalogue:
         if k < 1 or not text.strip():
             return []
         query = MatchQuery(text.encode("utf-8", "replace").decode("utf-8"), "text")
-        found = _read(
-            self._memories, lambda t: t.search(query, query_type="fts").select(["id", "_score"]).limit(k + _TIES).to_arrow()
+        found = self._memories.read(
+            lambda table: table.search(query, query_type="fts").select(["id", "_score"]).limit(k + _TIES).to_arrow()
         )
         hits = [Hit(row["id"], float(row["_score"])) for row in found.to_pylist()]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
 
+    def nearest(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
+        """For each vector `(Q, E)` the `k` memories with the largest cosine, then by id; those without a vector are not found.
+
+        Exact up to `FEWEST_FOR_ANN` memories; beyond, `PROBED` parts of the index are looked at, and the best are compared exactly.
+        """
+        if k < 1:
+            return [[] for _ in vectors]
+        found = [self._memories.read(partial(_nearest, vector=vector, k=k + _TIES)).to_pylist() for vector in vectors]
+        hits = [[Hit(row["id"], 1.0 - float(row["_distance"])) for row in rows] for rows in found]
+        return [sorted(some, key=lambda hit: (-hit.score, hit.id))[:k] for some in hits]
+
+    def without_vector(self, limit: int) -> list[tuple[str, str]]:
+        """Ids and texts of memories that have no vector, at most `limit` of them."""
+        rows = self._memories.read(
+            lambda table: table.search().where(f"{VECTOR} IS NULL").select(["id", "text"]).limit(limit).to_arrow().to_pylist()
+        )
+        return [(row["id"], row["text"]) for row in rows]
+
+    def make_space(self, space: VectorSpace | None) -> None:
+        """Take vectors of this space from now on; those of another go. `None`: none at all."""
+        with writing(self.folder):
+            if self.space is not None:
+                self._memories.raw.drop_columns([VECTOR])
+            if space is not None:
+                self._memories.raw.add_columns(space.field(VECTOR))
+        self.space = space
+
+    def fill_vectors(self, ids: Sequence[str], vectors: np.ndarray) -> None:
+        """Store vectors `(N, E)` of some memories, in one commit."""
+        import pyarrow as pa
+
+        assert self.space is not None
+        schema = pa.schema([memories_schema().field("id"), self.space.field(VECTOR)])
+        with writing(self.folder):
+            self._memories.raw.merge_insert("id").when_matched_update_all().execute(
+                pa.Table.from_arrays([pa.array(ids, pa.string()), _halves(vectors)], schema=schema)
+            )
+
     def add_memories(self, entries: Sequence[Entry]) -> None:
-        """One committed batch of new memories."""
+        """One committed batch of new memories; with a space each entry has its vector."""
+        import numpy as np
         import pyarrow as pa
 
         now = datetime.now(UTC)
@@ -142,8 +217,13 @@ class Catalogue:
             }
             for e in entries
         ]
-        with _writing(self._folder):
-            self._memories.add(pa.Table.from_pylist(rows, schema=_memories_schema()))
+        table = pa.Table.from_pylist(rows, schema=memories_schema())
+        if self.space is not None and rows:
+            vectors = [e.vector for e in entries if e.vector is not None]
+            assert len(vectors) == len(rows), "a vector for each memory, or for none"
+            table = table.append_column(self.space.field(VECTOR), _halves(np.stack(vectors)))
+        with writing(self.folder):
+            self._memories.raw.add(table)
 
     def add_spans(self, references: Iterable[Reference]) -> int:
         """One committed batch of those spans that are new; their number."""
@@ -153,34 +233,34 @@ class Catalogue:
         known = set(self._spans(dict.fromkeys(row[0] for row in wanted)))
         new = [dict(zip(_SPAN, row, strict=True)) for row in wanted if row not in known]
         if new:
-            with _writing(self._folder):
-                self._sources.add(pa.Table.from_pylist(new, schema=_sources_schema()))
+            with writing(self.folder):
+                self._sources.raw.add(pa.Table.from_pylist(new, schema=sources_schema()))
         return len(new)
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove memories and all their spans."""
-        with _writing(self._folder):
-            for some in _batches(ids):
-                self._memories.delete(_among("id", some))
-                self._sources.delete(_among("memory", some))
+        with writing(self.folder):
+            for some in batches(ids):
+                self._memories.raw.delete(among("id", some))
+                self._sources.raw.delete(among("memory", some))
 
     def delete_spans(self, spans: Iterable[Span]) -> None:
         """Remove single rows of `sources`."""
         conditions = [
-            f"(memory = '{check_id(id)}' AND source = {_quoted(source)} AND start = {int(start)} AND \"end\" = {int(end)})"
+            f"(memory = '{check_id(id)}' AND source = {quoted(source)} AND start = {int(start)} AND \"end\" = {int(end)})"
             for id, source, start, end in spans
         ]
-        with _writing(self._folder):
-            for some in _batches(conditions):
-                self._sources.delete(" OR ".join(some))
+        with writing(self.folder):
+            for some in batches(conditions):
+                self._sources.raw.delete(" OR ".join(some))
 
     def spans_of(self, files: Sequence[str]) -> list[Span]:
         """All spans of some files, of their rows, pages and chapters too."""
         found: list[Span] = []
         for n in range(0, len(files), _FILES_PER_QUERY):
             some = files[n : n + _FILES_PER_QUERY]
-            condition = " OR ".join(f"starts_with(source, {_quoted(file)})" for file in some)
-            rows = _read(self._sources, partial(_selected, condition=condition, columns=_SPAN))
+            condition = " OR ".join(f"starts_with(source, {quoted(file)})" for file in some)
+            rows = self._sources.rows(condition, _SPAN)
             found += [
                 (r["memory"], r["source"], r["start"], r["end"]) for r in rows if any(is_part(r["source"], f) for f in some)
             ]
@@ -201,7 +281,7 @@ class Catalogue:
             BankError: LanceDB does not understand the condition.
         """
         columns = ["id", "text", "tokens", "created"]
-        query = self._memories.search().select(columns)
+        query = self._memories.raw.search().select(columns)
         if condition is not None:
             # In parentheses, and the last one on a line of its own: LanceDB ignores what it does not understand behind a
             # condition (LIMIT, a second statement), and what is ignored must not be deleted.
@@ -210,7 +290,7 @@ class Catalogue:
             found = query.to_arrow().to_pylist()
         except (OSError, RuntimeError, ValueError) as error:
             if condition is None:
-                raise _unreadable(error) from error
+                raise unreadable(error) from error
             reason = str(error).splitlines()[0]
             raise BankError(
                 f"found the filter {condition!r} ({reason}), expected SQL on the columns {', '.join(columns)}"
@@ -219,12 +299,12 @@ class Catalogue:
 
     def every_place(self) -> dict[str, Place]:
         """Places of all memories."""
-        rows = _read(self._memories, lambda t: t.search().select(["id", "shard", "slot"]).to_arrow()).to_pylist()
+        rows = self._newest.column("id", "shard", "slot").to_pylist()
         return {row["id"]: (row["shard"], row["slot"]) for row in rows}
 
     def every_span(self) -> list[tuple[str, str]]:
         """Memory and source of every row of `sources`."""
-        rows = _read(self._sources, lambda t: t.search().select(["memory", "source"]).to_arrow()).to_pylist()
+        rows = self._sources.column("memory", "source").to_pylist()
         return [(row["memory"], row["source"]) for row in rows]
 
     def move(self, places: Mapping[str, Place]) -> None:
@@ -232,146 +312,99 @@ class Catalogue:
         import pyarrow as pa
 
         columns = {"id": list(places), "shard": [p[0] for p in places.values()], "slot": [p[1] for p in places.values()]}
-        schema = pa.schema([_memories_schema().field(name) for name in columns])
-        with _writing(self._folder):
-            self._memories.merge_insert("id").when_matched_update_all().execute(pa.Table.from_pydict(columns, schema=schema))
+        schema = pa.schema([memories_schema().field(name) for name in columns])
+        with writing(self.folder):
+            self._memories.raw.merge_insert("id").when_matched_update_all().execute(
+                pa.Table.from_pydict(columns, schema=schema)
+            )
 
     @property
-    def version(self) -> tuple[int, int]:
+    def version(self) -> Version:
         """Changes whenever anything is committed to the tables."""
-        return int(self._memories.version), int(self._sources.version)
+        return self._memories.version, self._sources.version
+
+    def versions(self) -> list[tuple[datetime, Version]]:
+        """The states that can still be looked at, oldest first: when each began, and the versions of the tables."""
+        commits = [
+            (row["timestamp"], n, int(row["version"]))
+            for n, table in enumerate((self._memories, self._sources))
+            for row in table.dataset().versions()
+        ]
+        found, now = [], [0, 0]
+        for made, n, version in sorted(commits):
+            now[n] = version
+            if all(now):
+                found.append((made, (now[0], now[1])))
+        return found
+
+    def tags(self) -> dict[str, Version]:
+        """Names of kept states."""
+        memories, sources = ({name: int(tag["version"]) for name, tag in t.dataset().tags.list().items()} for t in self._tables)
+        return {name: (version, sources[name]) for name, version in sorted(memories.items()) if name in sources}
+
+    def tag(self, name: str) -> Version:
+        """Name the present state, so that it is kept; `BankError` where the name is taken or is no name."""
+        version = self.version
+        for table, number in zip(self._tables, version, strict=True):
+            try:
+                table.dataset().tags.create(name, number)
+            except (OSError, RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise BankError(
+                    f"found the tag {name!r} ({reason}), expected a new name of letters, digits, '.', '-' and '_'"
+                ) from None
+        return version
+
+    def untag(self, name: str) -> None:
+        """Let a state go; `BankError` where no state has the name."""
+        if name not in self.tags():
+            raise BankError(f"found no tag {name!r}, expected one of {', '.join(self.tags()) or 'none, for there is none'}")
+        for table in self._tables:
+            table.dataset().tags.delete(name)
+
+    @property
+    def _tables(self) -> tuple[Table, Table]:
+        return self._memories, self._sources
+
+    def index_bytes(self) -> dict[str, int]:
+        """Bytes of the indexes of `memories`, by column."""
+        found: dict[str, int] = {}
+        for index in self._memories.dataset().describe_indices():
+            for segment in index.segments:
+                files = Path(self.folder, "memories.lance", "_indices", str(segment.uuid)).rglob("*")
+                found[index.field_names[0]] = found.get(index.field_names[0], 0) + sum(f.stat().st_size for f in files)
+        return found
 
     def optimise(self, keep: timedelta = KEPT_VERSIONS) -> None:
-        """Bring the indexes up to date, join small files, and drop versions of the tables older than `keep`."""
-        with _writing(self._folder):
-            for table, name in ((self._memories, "memories"), (self._sources, "sources")):
-                table.optimize(cleanup_older_than=KEPT_VERSIONS)
-                if keep < KEPT_VERSIONS:
-                    _drop_versions(table, self._folder / f"{name}.lance", keep)
+        """Bring the indexes up to date, join small files, and drop versions of the tables older than `keep`, but for tagged ones."""
+        with writing(self.folder):
+            for table in self._tables:
+                table.optimise(keep, KEPT_VERSIONS)
 
     def purge(self) -> None:
         """Take deleted rows out of every file: data is rewritten without them, indexes are made anew, and all older versions
         go, tagged ones too. Deletion beats snapshots.
         """
-        with _writing(self._folder):
-            for table, name in ((self._memories, "memories"), (self._sources, "sources")):
-                _purge(table, name, self._folder / f"{name}.lance")
+        with writing(self.folder):
+            for table in self._tables:
+                table.purge()
 
     def _spans(self, ids: Iterable[str]) -> Iterator[Span]:
-        for row in _rows_with(self._sources, "memory", ids, _SPAN):
+        for row in self._sources.rows_with("memory", ids, _SPAN):
             yield row["memory"], row["source"], row["start"], row["end"]
 
 
 _SPAN = ("memory", "source", "start", "end")
 
 
-def check_id(id: str) -> str:
-    """The id itself; `BankError` where it is not 32 hexadecimal digits."""
-    if not isinstance(id, str) or not _ID.fullmatch(id):
-        raise BankError(f"found memory id {id!r}, expected 32 hexadecimal digits: take it from a citation or a search")
-    return id
+def _nearest(table: Any, vector: np.ndarray, k: int) -> Any:
+    query = table.search(vector, vector_column_name=VECTOR).distance_type("dot").nprobes(PROBED).refine_factor(REFINED)
+    return query.select(["id", "_distance"]).limit(k).to_arrow()
 
 
-def _rows_with(table: Any, column: str, ids: Iterable[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for some in _batches(list(dict.fromkeys(ids))):
-        yield from _read(table, partial(_selected, condition=_among(column, some), columns=columns))
-
-
-def _selected(table: Any, condition: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = table.search().where(condition).select(list(columns)).to_arrow().to_pylist()
-    return rows
-
-
-def _read(table: Any, query: Callable[[Any], Any]) -> Any:
-    """A query of the newest version; once more where a writer rewrote the files that it was about to read."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            return query(table)
-        except Exception as error:  # damage can make LanceDB's Rust panic, which has a class of its own
-            if attempt == _ATTEMPTS - 1:
-                raise _unreadable(error) from error
-            table.checkout_latest()
-            time.sleep(0.02 * attempt)
-
-
-def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (ids[i : i + _IDS_PER_QUERY] for i in range(0, len(ids), _IDS_PER_QUERY))
-
-
-def _among(column: str, ids: Sequence[str]) -> str:
-    """An SQL condition; ids are checked, so nothing needs quoting."""
-    listed = ", ".join(f"'{check_id(id)}'" for id in ids)
-    return f"{column} IN ({listed})"
-
-
-def _unreadable(error: Exception) -> BankError:
-    reason = str(error).splitlines()[0]
-    return BankError(f"the tables cannot be read ({reason}): check them with memory3 bank verify, or restore them from a copy")
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """A full or read-only disk under the tables is one clear sentence; what was committed before stays."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise BankError(
-            f"{folder} cannot be written ({reason}): free some space or make it writable, then run it again"
-        ) from error
-
-
-def _quoted(text: str) -> str:
-    """A text as SQL."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _create(database: Any) -> None:
-    """Empty tables with their indexes; what is already there stays."""
-    for name, schema in (("memories", _memories_schema()), ("sources", _sources_schema())):
-        _index(database.create_table(name, schema=schema, exist_ok=True), name)
-
-
-def _purge(table: Any, name: str, folder: Path) -> None:
-    import lance
-
-    stored = lance.dataset(str(folder))
-    for tag in stored.tags.list():
-        stored.tags.delete(tag)
-    stored.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
-    table.checkout_latest()
-    _index(table, name, replace=True)
-    _drop_versions(table, folder, timedelta(0))
-
-
-def _drop_versions(table: Any, folder: Path, keep: timedelta) -> None:
-    """Only the one writer may: files that no version names count as left behind."""
-    import lance
-
-    lance.dataset(str(folder)).cleanup_old_versions(older_than=keep, delete_unverified=True)
-    table.checkout_latest()
-
-
-def _index(table: Any, name: str, replace: bool = False) -> None:
-    from lancedb.index import FTS, BTree
-
-    wanted = {"memories": {"text": FTS(with_position=False), "id": BTree()}, "sources": {"memory": BTree()}}[name]
-    for column, index in wanted.items():
-        if replace or not any(column in existing.columns for existing in table.list_indices()):
-            table.create_index(column, config=index, replace=replace)
-
-
-def _memories_schema() -> pa.Schema:
+def _halves(vectors: np.ndarray) -> pa.Array:
+    """Vectors `(N, E)` as a column of float16."""
+    import numpy as np
     import pyarrow as pa
 
-    fields = {"id": pa.string(), "text": pa.string(), "tokens": pa.int32(), "shard": pa.int32(), "slot": pa.int32()}
-    return pa.schema(
-        [pa.field(name, kind, nullable=False) for name, kind in (fields | {"created": pa.timestamp("us", "UTC")}).items()]
-    )
-
-
-def _sources_schema() -> pa.Schema:
-    import pyarrow as pa
-
-    fields = {"memory": pa.string(), "source": pa.string(), "start": pa.int64(), "end": pa.int64()}
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields.items()])
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1])

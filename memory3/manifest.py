@@ -118,7 +118,7 @@ class Manifest:
         temporary.replace(folder / MANIFEST)
         sync_folder(folder)
 
-    def check(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def check(self, folder: Path | str, identity: Mapping[str, Any]) -> None:
         """Raise `BankMismatch` where memories of this bank mean nothing to the decoder of `identity`."""
         here = _plain(identity)
         model, other = self.identity["model"], here["model"]
@@ -135,7 +135,7 @@ class Manifest:
             if not _close(self.identity[key], here[key]):
                 raise BankMismatch(f"{folder} {_difference(key, key, self.identity[key], here[key])}. {_MEND}")
 
-    def _check_spec(self, folder: Path, here: Mapping[str, Any]) -> None:
+    def _check_spec(self, folder: Path | str, here: Mapping[str, Any]) -> None:
         differing = [_difference("spec", *pair) for pair in _spec_differences(self.identity["spec"], here["spec"])]
         if differing:
             raise BankMismatch(

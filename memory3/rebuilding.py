@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from memory3.bank import Bank, MemoryWriter
+from memory3.bank import Bank
 from memory3.guard import replaced_bank
+from memory3.reader import MemoryWriter
 from memory3.spec import BankError, Reference
 from memory3.splitting import split
 from memory3.writing import WriteReport, write
@@ -34,7 +35,7 @@ def rebuild(
 
     The new bank grows in a hidden folder beside; the old one is intact until that is complete, and then goes. After a kill,
     the same call goes on. Texts that are over-long for the new tokenizer are split; `renamed.jsonl` maps old ids to new. The
-    new bank has the raw codec in the dtype of the model.
+    new bank has the raw codec in the dtype of the model, and vectors of the same embedder.
 
     Raises:
         BankError: no bank, a bank that another process writes, or a full disk.
@@ -46,7 +47,7 @@ def rebuild(
     bank = Bank(path)
     with bank.exclusive():
         names: dict[str, list[str]] = {}
-        with Bank(fresh, decoder, create=True) as target:
+        with Bank(fresh, decoder, create=True, embedder=None if bank.space is None else bank.embedder) as target:
             report = write(decoder, _again(bank, decoder, names), target, batch_size=batch_size, on_progress=on_progress)
             _forget_what_went(bank, target, names)
             if len(names) != len(bank) or target.missing(id for now in names.values() for id in now):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from memory3.bank import Bank, MemoryWriter
-from memory3.retrieval import RETRIEVERS, Hit, Retriever
+from memory3.bank import Bank
+from memory3.reader import BankReader, MemoryWriter, version_name
+from memory3.retrieval import RETRIEVERS, Hit, Retriever, default_retriever
 from memory3.spec import BankError, Memory, Reference, SpecError
 from memory3.splitting import overlap
 from memory3.writing import write
@@ -27,6 +28,7 @@ class Recalled:
         memories: `(P, K, D)` each, on the CPU, in the order of the hits.
         references: text and first place of each.
         bytes_read: bytes that came from disk; what the RAM cache held costs none.
+        versions: state of each bank that was searched, as `Bank(…, at=…)` takes it.
     """
 
     query: str
@@ -34,6 +36,7 @@ class Recalled:
     memories: tuple[Memory, ...] = ()
     references: tuple[Reference, ...] = ()
     bytes_read: int = 0
+    versions: tuple[str, ...] = ()
 
 
 class MemoryCache:
@@ -84,7 +87,8 @@ class Recall:
         banks: one or several; their hits are merged by score.
         references: a fixed list instead of a search: ids, or `Reference`s, which are encoded and stored at their first
             recall where the first bank does not have them (cold start).
-        retriever: row of `RETRIEVERS`.
+        retriever: row of `RETRIEVERS`; by default `hybrid` where every bank has vectors, else `lexical`. Hits of several banks
+            can only be compared within one retriever.
         count: references of one recall; by default the spec's `references_per_chunk`.
         min_score: hits below are dropped, so that irrelevant questions recall nothing.
         max_overlap: hits whose overlap with the whole text is larger are dropped (`EVALUATION_OVERLAP`).
@@ -98,20 +102,20 @@ class Recall:
 
     def __init__(
         self,
-        banks: Bank | Sequence[Bank],
+        banks: BankReader | Sequence[BankReader],
         *,
         references: Sequence[str | Reference] | None = None,
-        retriever: str = "lexical",
+        retriever: str | None = None,
         count: int | None = None,
         min_score: float | None = None,
         max_overlap: float | None = None,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
-        self.banks = [banks] if isinstance(banks, Bank) else list(banks)
+        self.banks = [banks] if isinstance(banks, BankReader) else list(banks)
         if not self.banks:
             raise BankError("found no bank, expected at least one to recall from")
-        if retriever not in RETRIEVERS:
-            raise SpecError(f"found retriever {retriever!r}, expected one of {sorted(RETRIEVERS)}")
+        if retriever is not None and retriever not in RETRIEVERS:
+            raise SpecError(f"found retriever {retriever!r}, expected one of {', '.join(RETRIEVERS)}")
         if any(bank.decoder is None for bank in self.banks):
             raise BankError("found a bank opened without a model, expected Bank(path, decoder): only its writer can read it")
         decoder = self.banks[0].decoder
@@ -122,7 +126,8 @@ class Recall:
         self.min_score, self.max_overlap = min_score, max_overlap
         self.cache = MemoryCache(cache_bytes)
         self.fixed = None if references is None else list(references)
-        self._retrievers: list[Retriever] = [RETRIEVERS[retriever](bank) for bank in self.banks]
+        self.retriever = retriever or default_retriever(self.banks)
+        self._retrievers: list[Retriever] = [RETRIEVERS[self.retriever](bank) for bank in self.banks]
         self._versions = [bank.version for bank in self.banks]
         self.check(decoder)
 
@@ -130,7 +135,7 @@ class Recall:
         """Raise `BankMismatch` where a bank was not opened with this decoder and was written by another."""
         for bank in self.banks:
             if bank.decoder is not decoder:
-                bank.manifest.check(bank.path, decoder.identity())
+                bank.manifest.check(bank.address, decoder.identity())
 
     def __call__(self, queries: Sequence[str], texts: Sequence[str] | None = None) -> list[Recalled]:
         """One recall per query; `texts` are what the overlap filter compares with, by default the queries."""
@@ -182,12 +187,16 @@ class Recall:
         missing = set(first.missing(r.id for r in texts))
         if missing:
             assert first.decoder is not None
+            if not isinstance(first, Bank):
+                raise BankError(
+                    f"{first.address} cannot be written to, expected memories of all references there: write them first"
+                )
             write(first.decoder, [r for r in texts if r.id in missing], first)
         places = []
         for id in (r.id if isinstance(r, Reference) else r for r in self.fixed):
             holder = next((b for b, bank in enumerate(self.banks) if id in bank), None)
             if holder is None:
-                raise BankError(f"found no memory {id!r} in {self.banks[0].path}, expected an id that `write` stored there")
+                raise BankError(f"found no memory {id!r} in {self.banks[0].address}, expected an id that `write` stored there")
             places.append((holder, Hit(id, 0.0)))
         return places
 
@@ -210,4 +219,5 @@ class Recall:
                 self.cache.put((b, id), memory)
             bytes_read += len(absent) * bank.record_bytes
         hits = tuple(hit for _, hit in places)
-        return Recalled(query, hits, tuple(held[k] for k in keys), tuple(texts[k] for k in keys), bytes_read)
+        versions = tuple(map(version_name, self._versions))
+        return Recalled(query, hits, tuple(held[k] for k in keys), tuple(texts[k] for k in keys), bytes_read, versions)

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
-from memory3.bank import Bank, Hit
+from memory3.catalogue import Hit
+from memory3.embedding import Embedder, VectorSpace
+from memory3.spec import BankError
 
-__all__ = ["RETRIEVERS", "Hit", "Lexical", "Retriever"]
+__all__ = ["RETRIEVERS", "Dense", "Hit", "Hybrid", "Lexical", "Retriever", "Searchable"]
+
+FUSED = 100
+"""Hits of each list that a fusion looks at."""
+RRF = 60
+"""Constant of reciprocal rank fusion (Cormack, Clarke, Büttcher, SIGIR 2009)."""
+
+
+class Searchable(Protocol):
+    """What a retriever needs of a bank."""
+
+    @property
+    def space(self) -> VectorSpace | None:
+        """Which embedder its vectors are of; `None` where it has none."""
+
+    @property
+    def embedder(self) -> Embedder:
+        """That embedder; `BankError` where it cannot be loaded."""
+
+    def search(self, query: str, k: int) -> list[Hit]:
+        """By the words."""
+
+    def nearest(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """By the vectors."""
 
 
 class Retriever(ABC):
@@ -17,7 +44,7 @@ class Retriever(ABC):
         bank: the bank to search.
     """
 
-    def __init__(self, bank: Bank) -> None:
+    def __init__(self, bank: Searchable) -> None:
         self.bank = bank
 
     @abstractmethod
@@ -32,4 +59,55 @@ class Lexical(Retriever):
         return [self.bank.search(query, k) for query in queries]
 
 
-RETRIEVERS: dict[str, type[Retriever]] = {"lexical": Lexical}
+class Dense(Retriever):
+    """Cosine of sentence embeddings, by the embedder of the bank. Source: paper 3.2. Control: `Lexical`."""
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        asked = [query for query in queries if _has_words(query)]
+        found = iter(self.bank.nearest([query.encode("utf-8", "replace").decode() for query in asked], k))
+        return [next(found) if _has_words(query) else [] for query in queries]
+
+
+class Hybrid(Retriever):
+    """Reciprocal rank fusion of `Lexical` and `Dense`: a hit scores `sum 1 / (60 + rank)` over the lists that hold it.
+
+    Scores say how two ranks agree, not how close a text is; for a threshold take another retriever. Control: either list alone.
+    """
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        wanted = max(k, FUSED)
+        lists = [retriever(self.bank).search(queries, wanted) for retriever in (Lexical, Dense)]
+        return [fused(both, k) for both in zip(*lists, strict=True)]
+
+
+def fused(lists: Sequence[Sequence[Hit]], k: int) -> list[Hit]:
+    """The `k` best of several lists by reciprocal rank, then by id."""
+    scores: dict[str, float] = {}
+    for hits in lists:
+        for rank, hit in enumerate(hits, 1):
+            scores[hit.id] = scores.get(hit.id, 0.0) + 1 / (RRF + rank)
+    return [Hit(id, score) for id, score in sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[: max(0, k)]]
+
+
+def _has_words(query: str) -> bool:
+    return any(character.isalnum() for character in query)
+
+
+RETRIEVERS: dict[str, type[Retriever]] = {"lexical": Lexical, "dense": Dense, "hybrid": Hybrid}
+
+
+def default_retriever(banks: Sequence[Searchable]) -> str:
+    """`hybrid` where all banks have vectors, else `lexical` (figures: docs/results.md).
+
+    Warns:
+        UserWarning: there are vectors, and their embedder cannot be loaded.
+    """
+    if any(bank.space is None for bank in banks):
+        return "lexical"
+    try:
+        for bank in banks:
+            _ = bank.embedder
+    except BankError as error:
+        warnings.warn(f"searching by words alone: {error}", stacklevel=3)
+        return "lexical"
+    return "hybrid"

@@ -112,7 +112,7 @@ def _traces(bank: Bank, text: str) -> list[str]:
     live = _live_rows(bank.path)
     for file in sorted(p for p in bank.path.rglob("*") if p.is_file() and p.suffix != ".kv"):
         name = file.relative_to(bank.path)
-        if file.suffix != ".lance":
+        if file.suffix not in (".lance", ".idx"):
             found += [f"{name}: the text as it is"] if any(_as_it_is(file, piece) for piece in wanted) else []
             continue
         columns = _decoded(file)

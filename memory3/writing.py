@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
 
-from memory3.bank import Bank, MemoryWriter
+from memory3.bank import Bank
 from memory3.catalogue import Span
+from memory3.reader import MemoryWriter
 from memory3.spec import BankError, Reference
 
 WINDOW = 1024

@@ -33,6 +33,9 @@ COMMANDS = (
     "bank delete",
     "bank verify",
     "bank rebuild",
+    "bank embed",
+    "bank versions",
+    "bank tag",
     "bank compact",
     "bank export",
     "bank import",
@@ -111,6 +114,12 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
             run("generate", "The tower", *asking, *more)
         run("bank stats", str(bank), "--json")
         run("bank list", str(bank), "--json")
+        run("bank embed", str(bank), "--embedder", "none", "--json")
+        run("bank stats", str(bank), "--json")
+        run("bank embed", str(bank), "--json")
+        run("bank tag", str(bank), "first", "--json")
+        run("bank versions", str(bank), "--json")
+        run("bank tag", str(bank), "first", "--remove", "--json")
         run("bank export", str(bank), str(folder / "bank.tar"), "--json")
         run("bank import", str(folder / "bank.tar"), str(folder / "copy"), "--json")
         run("bank verify", str(bank), "--json")

@@ -109,7 +109,7 @@ def test_a_second_deletion_finishes_the_first_that_failed(tmp_path: Path, monkey
 
     with bank.exclusive():
         with monkeypatch.context() as patch:
-            patch.setattr("memory3.catalogue._purge", full)
+            patch.setattr("memory3.tables.Table.purge", full)
             with pytest.raises(BankError, match="cannot be written .*No space left"):
                 bank.delete([one.id])
         bank.delete([two.id])
@@ -432,3 +432,68 @@ def test_the_command_line_lists_shows_deletes_checks_compacts_and_moves(tmp_path
     assert json.loads(run("import", str(tmp_path / "b.tar"), str(tmp_path / "c"), "--json"))["references"] == 2
     with pytest.raises(BankError, match="found nothing to delete"):
         run("delete", folder)
+
+
+def test_an_earlier_state_can_be_looked_at_and_asked_but_not_written(tmp_path: Path) -> None:
+    bank, (one, two) = filled(tmp_path, "one word", "two words")
+    assert bank.decoder is not None
+    before, then = bank.version, bank.versions()[-1][1]
+    bank.add([Reference("three words", "notes.txt", 90, 99)], bank.decoder.encode(["three words"]))
+    bank.compact()
+    earlier = Bank(tmp_path, FakeDecoder(), at=then)
+    assert earlier.version == before != bank.version
+    assert earlier.ids() == sorted([one.id, two.id])
+    assert [hit.id for hit in Recall(earlier)(["two three"])[0].hits] == [two.id]
+    assert Recall(earlier)(["words"])[0].versions == (then,)
+    assert same(earlier.read([one.id])[0], bank.read([one.id])[0])
+    for change in (lambda: earlier.delete([one.id]), earlier.compact, lambda: earlier.tag("x")):
+        with pytest.raises(BankError, match="an earlier state, to be looked at"):
+            change()
+    with pytest.raises(BankError, match="has no state 'gone'.*memory3 bank versions"):
+        Bank(tmp_path, at="gone")
+
+
+def test_compact_keeps_what_a_tag_names_with_the_records_where_they_went(tmp_path: Path) -> None:
+    bank, (one, two) = filled(tmp_path, "one word", "two words")
+    named = bank.tag("release-1")
+    assert bank.decoder is not None
+    bank.add([Reference("three words", "notes.txt", 90, 99)], bank.decoder.encode(["three words"]))
+    for _ in range(2):
+        bank.compact()
+        bank.refresh(keep_versions=False)
+    assert named in [version for _, version in bank.versions()]
+    kept = Bank(tmp_path, FakeDecoder(), at="release-1")
+    assert kept.ids() == sorted([one.id, two.id]) and len(bank) == 3
+    assert same(kept.read([two.id])[0], bank.read([two.id])[0])
+    assert bank.tags() == {"release-1": named}
+    assert verify(bank).problems == []
+    with pytest.raises(BankError, match="found the tag 'release-1'"):
+        bank.tag("release-1")
+    with pytest.raises(BankError, match="expected a new name"):
+        bank.tag("no name / at all")
+    bank.untag("release-1")
+    with pytest.raises(BankError, match="found no tag 'release-1'"):
+        bank.untag("release-1")
+    bank.refresh(keep_versions=False)
+    assert named not in [version for _, version in bank.versions()]
+
+
+def test_a_deletion_drops_tags_and_says_so_to_who_asks_for_them(tmp_path: Path) -> None:
+    bank, (one, _) = filled(tmp_path, SECRET, "two words")
+    bank.tag("kept")
+    held = Bank(tmp_path, FakeDecoder(), at="kept")
+    bank.delete([one.id])
+    assert bank.tags() == {} and traces_of(bank, SECRET) == []
+    with pytest.raises(BankError):
+        held.read([one.id])
+    with pytest.raises(BankError, match="none outlives a deletion"):
+        Bank(tmp_path, at="kept")
+
+
+def test_versions_and_tags_on_the_command_line(tmp_path: Path) -> None:
+    bank, _ = filled(tmp_path / "bank", "one word", "two words")
+    runner, at = CliRunner(), str(tmp_path / "bank")
+    assert runner.invoke(app, ["bank", "tag", at, "first"]).stdout.startswith("first is version ")
+    last = runner.invoke(app, ["bank", "versions", at]).stdout.splitlines()[-1]
+    assert last.endswith("first") and last.split()[0] == bank.versions()[-1][1]
+    assert "no tag any more" in runner.invoke(app, ["bank", "tag", at, "first", "--remove"]).stdout

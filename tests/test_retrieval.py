@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fakes import CORPUS, FakeDecoder
+from fakes import CORPUS, FakeDecoder, FakeEmbedder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from memory3.writing import write
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     decoder = FakeDecoder()
-    made = Bank(tmp_path_factory.mktemp("bank"), decoder, create=True)
+    made = Bank(tmp_path_factory.mktemp("bank"), decoder, create=True, embedder=FakeEmbedder())
     equal = [f"equal {letter}{letter}" for letter in "bcdefghjkp"]
     write(decoder, [Reference(text) for text in [*CORPUS, *equal, "rare word word word"]], made)
     return made

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memory3.cli.common import Device, Dtype, Json, Model, TokensPerHead, decoder_of, progress
+from memory3.cli.common import Device, Dtype, Embedder, Json, Model, TokensPerHead, decoder_of, progress
 
 bank_app = typer.Typer(no_args_is_help=True, help="Look at a bank, forget, check, compact, export and import.")
 FAULTY = 4
@@ -141,6 +141,58 @@ def compact(bank: Folder, as_json: Json = False) -> None:
     with Bank(bank) as opened:
         freed = opened.compact()
     print(json.dumps({"freed_bytes": freed}) if as_json else f"{freed:,} bytes freed")
+
+
+@bank_app.command()
+def embed(
+    bank: Folder,
+    embedder: Embedder = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Give all memories vectors, so that the bank can be searched by meaning; `--embedder none` takes them away."""
+    from memory3.bank import Bank
+    from memory3.embedding import OFFLINE, SentenceEmbedder
+
+    made = None if embedder == "none" else SentenceEmbedder(embedder or OFFLINE, device, dtype or "float32")
+    with Bank(bank) as opened, progress("embedding") as tell:
+        count = opened.embed(made, on_progress=tell)
+    name = None if made is None else made.name
+    print(json.dumps({"vectors": count, "embedder": name}) if as_json else f"{count} vectors made, embedder: {name}")
+
+
+@bank_app.command()
+def versions(bank: Folder, as_json: Json = False) -> None:
+    """List the states of a bank that `--at` can show, oldest first, with their tags."""
+    from memory3.bank import Bank
+
+    with Bank(bank) as opened:
+        kept, tags = opened.versions(), opened.tags()
+    for made, version in kept:
+        names = [name for name, tagged in tags.items() if tagged == version]
+        if as_json:
+            print(json.dumps({"version": version, "created": made.isoformat(timespec="seconds"), "tags": names}))
+        else:
+            print(f"{version:12} {made:%Y-%m-%d %H:%M:%S}  {' '.join(names)}".rstrip())
+
+
+@bank_app.command()
+def tag(
+    bank: Folder,
+    name: Annotated[str, typer.Argument(help="Name of the state.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Let the state go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Keep the present state of a bank under a name, until something is deleted from it."""
+    from memory3.bank import Bank
+
+    with Bank(bank) as opened:
+        version = None if remove else opened.tag(name)
+        if remove:
+            opened.untag(name)
+    shown = f"{name} is no tag any more" if remove else f"{name} is version {version}"
+    print(json.dumps({"tag": name, "version": version}) if as_json else shown)
 
 
 @bank_app.command("export")

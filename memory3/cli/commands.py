@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memory3.cli.common import (
+    At,
     Banks,
     Device,
     Dtype,
+    Embedder,
     Json,
     MaxTokens,
     MinScore,
     Model,
+    RetrieverName,
     Sample,
     Seed,
     TokensPerHead,
     config_of,
     decoder_of,
+    embedder_of,
     progress,
     recall_of,
 )
@@ -50,6 +54,7 @@ def write(
     update: Annotated[
         bool, typer.Option("--update", help="Forget what the bank has of these files that they do not say any more.")
     ] = False,
+    embedder: Embedder = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -66,7 +71,7 @@ def write(
     with decoder_of(model, tokens_per_head, device, dtype) as decoder:
         # Sources first: a bank is not made for documents that are not there.
         found = references(list(sources), decoder, text_field=text_field, on_unreadable=unreadable.append, on_read=read.append)
-        with Bank(bank, decoder, create=True) as opened, progress("writing") as tell:
+        with Bank(bank, decoder, create=True, embedder=embedder_of(embedder, bank)) as opened, progress("writing") as tell:
             report = write_references(
                 decoder,
                 found,
@@ -104,6 +109,8 @@ def ask(
     ] = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Closed book.")] = False,
     text: Annotated[bool, typer.Option("--text", help="The references as plain text in the prompt (RAG).")] = False,
+    retriever: RetrieverName = None,
+    at: At = None,
     min_score: MinScore = None,
     count: Annotated[int | None, typer.Option(min=1, help="References of one recall; default the spec's.")] = None,
     max_tokens: MaxTokens = 48,
@@ -125,7 +132,7 @@ def ask(
     if no_memory and text:
         raise SourceError("found both --no-memory and --text, expected one of them: closed book, or the references as text")
     with decoder_of(model, tokens_per_head, device, dtype) as decoder:
-        recall = None if no_memory else recall_of(bank, decoder, min_score=min_score, count=count)
+        recall = None if no_memory else recall_of(bank, decoder, at, retriever=retriever, min_score=min_score, count=count)
         options = {"config": config_of(decoder, temperature), "max_new_tokens": max_tokens, "seed": seed}
         if question is not None:
             asked = _ask_one(decoder, question, recall, text, as_json, options)
@@ -207,6 +214,8 @@ def generate(
     bank: Banks = None,
     model: Model = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Without recall.")] = False,
+    retriever: RetrieverName = None,
+    at: At = None,
     min_score: MinScore = None,
     max_tokens: MaxTokens = 128,
     temperature: Sample = None,
@@ -222,7 +231,7 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with decoder_of(model, tokens_per_head, device, dtype) as decoder:
-        recall = None if no_memory else recall_of(bank, decoder, min_score=min_score)
+        recall = None if no_memory else recall_of(bank, decoder, at, retriever=retriever, min_score=min_score)
         completion = None
         options = {"config": config_of(decoder, temperature), "max_new_tokens": max_tokens, "seed": seed}
         for token in stream_one(decoder, text, recall=recall, effect=recall is not None, **options):
@@ -282,20 +291,35 @@ def train(
 def evaluate(
     what: Annotated[
         str,
-        typer.Argument(help="reading: each format; slots: the curve over tokens per head; selections: each at this budget."),
+        typer.Argument(
+            help="reading: each format; slots: the curve over tokens per head; selections: each at this budget; "
+            "retrieval: is the right reference found."
+        ),
     ],
-    data: Annotated[Path, typer.Option(help="Folder with qa.parquet.")],
+    data: Annotated[Path, typer.Option(help="Folder with qa.parquet, for `retrieval` with passages.parquet too.")],
     model: Model = None,
     limit: Annotated[int, typer.Option(min=1, help="Questions.")] = 500,
     out: Annotated[Path | None, typer.Option(help="Picture of the curve, for `slots`.")] = None,
+    work: Annotated[Path, typer.Option(help="Where `retrieval` keeps its tables, to go on or to measure again.")] = Path(
+        "runs/retrieval"
+    ),
+    retriever: Annotated[list[str] | None, typer.Option(help="Only these, for `retrieval`; by default all.")] = None,
+    embedder: Embedder = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure reading on dev questions, each format beside its control."""
+    """Measure reading and retrieval on dev questions, each way beside its control."""
     from memory3.evaluate.reading import measure
 
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
+        if what == "retrieval":
+            from memory3.embedding import OFFLINE, SentenceEmbedder
+            from memory3.evaluate.retrieval import measure_retrieval
+
+            made = SentenceEmbedder(embedder or OFFLINE, device, dtype or "float32")
+            measure_retrieval(decoder, data, work, made, retriever, tell)
+            return
         measure(decoder, data, what, limit, out, seed, tell)
 
 

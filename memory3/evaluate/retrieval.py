@@ -1,0 +1,245 @@
+"""Is the right reference found? Recall, rank and cost of every retriever on dev questions over all passages."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memory3.catalogue import FOLDER, Catalogue, Entry, Hit
+from memory3.decoder import Decoder
+from memory3.embedding import Embedder, VectorSpace
+from memory3.retrieval import RETRIEVERS, Retriever
+from memory3.scoring import interval
+from memory3.spec import Reference, SourceError, SpecError
+from memory3.splitting import split
+from memory3.tables import VECTOR
+
+DEPTH = 20
+"""Hits of a question that are looked at."""
+TOGETHER = ("squad", "popqa", "simplequestions")
+"""Datasets whose questions can be answered from one passage and name what they ask for."""
+COUNTED = "build.json"
+_AT_ONCE = 1024
+_QUESTIONS_AT_ONCE = 64
+
+Tell = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A dev question, its accepted answers, and the document that answers it."""
+
+    dataset: str
+    text: str
+    answers: tuple[str, ...]
+    document: str
+
+    def is_answered_by(self, text: str) -> bool:
+        """Whether an answer stands in a text, whatever the case; a yes or no question is content with its passage."""
+        return self.dataset == "boolq" or any(answer.lower() in text.lower() for answer in self.answers)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rank of the first right reference of each question (0: not among the first `DEPTH`), and what searching cost.
+
+    Args:
+        retriever: row of `RETRIEVERS`.
+        dataset: of the questions.
+        ranks: one per question, from 1.
+        seconds: wall time of all searches, with embedding the questions.
+        build_seconds: CPU time of making what it searches: vectors, indexes.
+        index_bytes: of what it searches, beside the texts.
+    """
+
+    retriever: str
+    dataset: str
+    ranks: tuple[int, ...]
+    seconds: float
+    build_seconds: float
+    index_bytes: int
+
+    def recall(self, k: int) -> list[float]:
+        """For each question 1 where a right reference is among the first `k`."""
+        return [float(0 < rank <= k) for rank in self.ranks]
+
+    def row(self) -> str:
+        """A row of a Markdown table."""
+        reciprocal = [1 / rank if rank else 0.0 for rank in self.ranks]
+        cells = [_with_interval(self.recall(k)) for k in (1, 5, DEPTH)] + [_with_interval(reciprocal)]
+        rate = f"{len(self.ranks) / self.seconds:.0f}" if self.seconds else "-"
+        cost = f"{rate} | {self.index_bytes / 2**20:.0f} | {self.build_seconds:.0f}"
+        return f"| {self.retriever} | {self.dataset} | {len(self.ranks)} | {' | '.join(cells)} | {cost} |"
+
+
+HEADER = (
+    "| retriever | questions of | n | recall@1 | recall@5 | recall@20 | MRR@20 | questions/s | index, MiB | build, CPU s |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    low, high = interval(values)
+    return f"{sum(values) / len(values):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def documents_and_questions(data: Path) -> tuple[dict[str, str], list[Question]]:
+    """All passages and the distinct passages of the questions, by name; and the dev questions."""
+    import pyarrow.parquet as pq
+
+    for file in (data / "passages.parquet", data / "qa.parquet"):
+        if not file.is_file():
+            raise SourceError(f"found no {file}, expected the texts and questions: give their folder with --data")
+    documents: dict[str, str] = {}
+    for row in pq.read_table(data / "passages.parquet").to_pylist():
+        documents[row["key"]] = _document(row["title"], row["text"])
+    named = {text: name for name, text in documents.items()}
+    questions = []
+    for n, row in enumerate(pq.read_table(data / "qa.parquet").to_pylist()):
+        text = _document(row["title"], row["passage"])
+        name = row["key"] if row["key"] in documents else named.get(text)
+        if name is None:
+            name = named[text] = f"qa/{n}"
+            documents[name] = text
+        if row["split"] == "dev":
+            answers = tuple(answer.strip() for answer in row["answers"] if answer.strip())
+            questions.append(Question(row["dataset"], row["question"].strip(), answers, name))
+    return documents, questions
+
+
+def _document(title: str | None, text: str) -> str:
+    heading = (title or "").replace("_", " ")
+    return f"# {heading}\n\n{text}" if heading else text
+
+
+def built(
+    documents: dict[str, str], tokenizer: Any, length: int, work: Path, embedder: Embedder, tell: Tell
+) -> tuple[Catalogue, dict[str, float]]:
+    """The texts as references in tables with vectors and a full-text index, and CPU seconds of each; goes on where it stopped."""
+    work.mkdir(parents=True, exist_ok=True)
+    note = work / COUNTED
+    spent: dict[str, float] = json.loads(note.read_text()) if note.exists() else {"dense": 0.0, "lexical": 0.0, "done": 0}
+    catalogue = Catalogue(work / FOLDER, create=True, space=VectorSpace.of(embedder))
+    names = list(documents)
+    for start in range(int(spent["done"]), len(names), _AT_ONCE):
+        some = names[start : start + _AT_ONCE]
+        references = list(_references(documents, some, tokenizer, length))
+        _add(catalogue, references, embedder, spent)
+        spent["done"] = start + len(some)
+        note.write_text(json.dumps(spent))
+        tell(start + len(some), len(names))
+    if not spent["lexical"]:
+        began = time.process_time()
+        catalogue.optimise()
+        spent["lexical"] = time.process_time() - began
+        note.write_text(json.dumps(spent))
+    return catalogue, spent
+
+
+def _references(documents: dict[str, str], names: Sequence[str], tokenizer: Any, length: int) -> Iterator[Reference]:
+    for name in names:
+        for piece in split(documents[name], tokenizer, length=length):
+            yield Reference(piece.text, name, piece.start, piece.end)
+
+
+def _add(catalogue: Catalogue, references: Sequence[Reference], embedder: Embedder, spent: dict[str, float]) -> None:
+    known = catalogue.locate(reference.id for reference in references)
+    new = list({r.id: r for r in references if r.id not in known}.values())
+    new.sort(key=lambda reference: len(reference.text))
+    if new:
+        began = time.process_time()
+        vectors = embedder.embed([reference.text for reference in new])
+        spent["dense"] += time.process_time() - began
+        catalogue.add_memories([Entry(r, 1, (0, 0), vector) for r, vector in zip(new, vectors, strict=True)])
+    catalogue.add_spans(references)
+
+
+class Tables:
+    """The tables with an embedder, searched as a bank is."""
+
+    def __init__(self, catalogue: Catalogue, embedder: Embedder) -> None:
+        self.catalogue, self.embedder, self.space = catalogue, embedder, catalogue.space
+
+    def search(self, query: str, k: int) -> list[Hit]:
+        """By the words."""
+        return self.catalogue.search(query, k)
+
+    def nearest(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """By the vectors."""
+        return self.catalogue.nearest(self.embedder.embed(queries, query=True), k)
+
+
+def ranks(
+    retriever: Retriever, questions: Sequence[Question], right: Sequence[set[str]], tell: Tell | None = None
+) -> tuple[list[int], float]:
+    """Rank of the first right reference of each question, and the seconds of searching."""
+    found, seconds = [], 0.0
+    for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
+        some = questions[start : start + _QUESTIONS_AT_ONCE]
+        began = time.perf_counter()
+        hits = retriever.search([question.text for question in some], DEPTH)
+        seconds += time.perf_counter() - began
+        for n, row in enumerate(hits, start):
+            found.append(next((rank for rank, hit in enumerate(row, 1) if hit.id in right[n]), 0))
+        if tell:
+            tell(len(found), len(questions))
+    return found, seconds
+
+
+def right_references(questions: Sequence[Question], documents: dict[str, str], tokenizer: Any, length: int) -> list[set[str]]:
+    """For each question the ids of those references of its document that hold an answer."""
+    return [
+        {r.id for r in _references(documents, [q.document], tokenizer, length) if q.is_answered_by(r.text)} for q in questions
+    ]
+
+
+def measure_retrieval(
+    decoder: Decoder, data: Path, work: Path, embedder: Embedder, names: Sequence[str] | None, tell: Tell
+) -> list[Found]:
+    """Print a Markdown table: a row per retriever and dataset, and one for the datasets of `TOGETHER`."""
+    unknown = set(names or ()) - set(RETRIEVERS)
+    if unknown:
+        raise SpecError(f"found retriever {min(unknown)!r}, expected one of {', '.join(RETRIEVERS)}")
+    tokenizer, length = decoder.tokenizer, decoder.spec.reference_length
+    documents, questions = documents_and_questions(data)
+    catalogue, spent = built(documents, tokenizer, length, work, embedder, tell)
+    right = right_references(questions, documents, tokenizer, length)
+    asked = [n for n, references in enumerate(right) if references]
+    questions, right = [questions[n] for n in asked], [right[n] for n in asked]
+    print(
+        f"{len(documents):,} documents, {len(catalogue):,} references of at most {length} tokens, {len(questions):,} questions"
+    )
+    print(HEADER)
+    rows = []
+    sizes = index_bytes(catalogue)
+    for name in names or RETRIEVERS:
+        kinds = ("lexical", "dense") if name == "hybrid" else (name,)
+        size, build = sum(sizes[kind] for kind in kinds), sum(spent[kind] for kind in kinds)
+        warm = RETRIEVERS[name](Tables(catalogue, embedder))
+        warm.search([question.text for question in questions[:8]], DEPTH)
+        of, seconds = ranks(warm, questions, right, tell)
+        for label, chosen in _groups(questions):
+            part = tuple(rank for rank, there in zip(of, chosen, strict=True) if there)
+            rows.append(Found(name, label, part, seconds * len(part) / len(of), build, size))
+            print(rows[-1].row(), flush=True)
+    return rows
+
+
+def _groups(questions: Sequence[Question]) -> Iterator[tuple[str, list[bool]]]:
+    for name in sorted({question.dataset for question in questions}):
+        yield name, [question.dataset == name for question in questions]
+    together = [question.dataset in TOGETHER for question in questions]
+    if any(together):
+        yield " + ".join(TOGETHER), together
+
+
+def index_bytes(catalogue: Catalogue) -> dict[str, int]:
+    """Bytes of what each kind of search reads: the full-text index; the vectors and their index."""
+    space = catalogue.space
+    assert space is not None
+    indexes = catalogue.index_bytes()
+    return {"lexical": indexes.get("text", 0), "dense": 2 * space.dimension * len(catalogue) + indexes.get(VECTOR, 0)}

@@ -1,0 +1,284 @@
+"""What can be read of a bank, wherever its files lie: texts, vectors, memories, and earlier states (docs/bank.md)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+
+from memory3.catalogue import Catalogue, Hit, Span, Version
+from memory3.embedding import Embedder, VectorSpace, embedder_named
+from memory3.manifest import FORMAT_VERSION, Manifest
+from memory3.shards import Place
+from memory3.spec import BankError, Memory, MemorySpec, Reference
+from memory3.tables import check_id
+
+
+class MemoryWriter(Protocol):
+    """What a bank and `write` need of a decoder."""
+
+    spec: MemorySpec
+    """Resolved: layers and heads spelled out."""
+    tokenizer: Any
+
+    @property
+    def head_dim(self) -> int:
+        """`D`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of keys and values."""
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values `model`, `weights`, `tokenizer`, `rotation`, `spec`, `head_dim`, `dtype` (docs/bank.md)."""
+
+    def encode(self, texts: Sequence[str]) -> list[Memory]:
+        """Memories `(P, K, D)` of the texts, in order."""
+
+
+class Records(Protocol):
+    """Where key-values are read from."""
+
+    def read(self, shard: int, slot: int) -> bytearray:
+        """One record; `BankError` where it cannot be read."""
+
+    def describe(self, place: Place) -> str:
+        """The place in words, for errors."""
+
+    def total_bytes(self) -> int:
+        """Bytes of all records, of those too that no row points at."""
+
+    def close(self) -> None:
+        """Let go of what is held; a later read takes it again."""
+
+
+class BankReader:
+    """A bank to look at and to read from.
+
+    Args:
+        address: for people.
+        decoder: the model that reads; `None` opens the bank to look at it.
+        manifest: what wrote it.
+        catalogue: its tables.
+        records: its key-values.
+        embedder: must be the one that made the vectors; by default that is loaded by its name when it is needed.
+        at: an earlier state, a tag or a version as `versions` gives it.
+
+    Raises:
+        BankError: a state that is not kept.
+        BankMismatch: written by another model, tokenizer, rotation, spec or embedder.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        decoder: MemoryWriter | None,
+        manifest: Manifest,
+        catalogue: Catalogue,
+        records: Records,
+        embedder: Embedder | None,
+        at: str | None,
+    ) -> None:
+        self.address, self.decoder, self.manifest, self.at = address, decoder, manifest, at
+        self._catalogue, self._records, self._embedder = catalogue, records, embedder
+        if decoder is not None:
+            manifest.check(address, decoder.identity())
+        if at is not None:
+            self._catalogue = catalogue.at(self._version_named(at))
+        if embedder is not None:
+            self._check_embedder(embedder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Memories in the bank."""
+        return len(self._catalogue)
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, str) and bool(self._catalogue.locate([id]))
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes that reading one memory takes from disk."""
+        return self.manifest.record_bytes
+
+    def close(self) -> None:
+        """Unmap the key-value files; the bank may be used again, and maps them again."""
+        self._records.close()
+
+    def ids(self) -> list[str]:
+        """Ids of all memories, ascending."""
+        return self._catalogue.ids()
+
+    def sources(self) -> dict[str, int]:
+        """All sources and how many references each has."""
+        return self._catalogue.sources()
+
+    def places(self) -> dict[str, Place]:
+        """Shard and slot of every memory's record."""
+        return self._catalogue.every_place()
+
+    def spans(self) -> list[tuple[str, str]]:
+        """Memory and source of every span."""
+        return self._catalogue.every_span()
+
+    def spans_of(self, files: Sequence[str]) -> list[Span]:
+        """The spans of some files, with their rows, pages and chapters: id of the memory, source, start, end."""
+        return self._catalogue.spans_of(files)
+
+    def missing(self, ids: Iterable[str]) -> list[str]:
+        """Those ids that the bank has no memory for, in order, each once."""
+        wanted = list(dict.fromkeys(ids))
+        known = self._catalogue.locate(wanted)
+        return [id for id in wanted if id not in known]
+
+    def references(self, ids: Iterable[str]) -> dict[str, list[Reference]]:
+        """The text of each memory at every place it came from, by source and span; `BankError` for unknown ids."""
+        wanted = list(dict.fromkeys(ids))
+        found = self._catalogue.references(wanted)
+        self._refuse_unknown(id for id in wanted if id not in found)
+        return found
+
+    def read(self, ids: Sequence[str]) -> list[Memory]:
+        """Memories `(P, K, D)` on the CPU, in the dtype of the decoder; each its own copy.
+
+        Raises:
+            BankError: an id is unknown, or its record is damaged.
+        """
+        self._check()
+        places = self._catalogue.locate(ids)
+        self._refuse_unknown(id for id in ids if id not in places)
+        return [self._read(id, places[id]) for id in ids]
+
+    def search(self, query: str, k: int) -> list[Hit]:
+        """The `k` memories whose text shares most with the words of the query (BM25); score descending, then id."""
+        return self._catalogue.search(query, k)
+
+    def nearest(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """For each question the `k` memories whose vectors have the largest cosine with its own; then by id.
+
+        Raises:
+            BankError: the bank has no vectors, or its embedder cannot be loaded.
+        """
+        return self._catalogue.nearest(self.embedder.embed(queries, query=True), k) if queries else []
+
+    @property
+    def space(self) -> VectorSpace | None:
+        """Which embedder the bank's vectors are of; `None` where it has none."""
+        return self._catalogue.space
+
+    @property
+    def embedder(self) -> Embedder:
+        """What made the bank's vectors, loaded when it is first asked for; `BankError` where it has none."""
+        if self.space is None:
+            raise BankError(
+                f"{self.address} has no vectors, expected some to search by meaning: make them with memory3 bank embed {self.address}"
+            )
+        if self._embedder is None:
+            named = embedder_named(self.space.embedder)
+            self.space.check(self.address, named)
+            self._embedder = named
+        return self._embedder
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and sizes, as plain JSON values; sizes in bytes."""
+        spec = MemorySpec.from_json(self.manifest.identity["spec"])
+        count, total = len(self), self.total_bytes()
+        return {
+            "path": self.address,
+            "references": count,
+            "sources": len(self.sources()),
+            "bytes": total,
+            "bytes_per_reference": self.record_bytes,
+            "shard_bytes": self._records.total_bytes(),
+            "text_bytes": self._catalogue.text_bytes(),
+            "model": self.manifest.identity["model"],
+            "layers": list(spec.layers or ()),
+            "heads": [list(row) for row in spec.heads or ()],
+            "tokens_per_head": spec.tokens_per_head,
+            "codec": self.manifest.codec.name,
+            "embedder": None if self.space is None else self.space.embedder,
+            "created": self.manifest.created,
+            "created_by": self.manifest.created_by,
+            "format_version": FORMAT_VERSION,
+        }
+
+    def where(self, condition: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+        """`id`, `text`, `tokens` and `created` of the memories that an SQL condition on these selects: the first `limit` by id."""
+        return self._catalogue.where(condition, limit)
+
+    # States
+
+    @property
+    def version(self) -> Version:
+        """Changes whenever anything is committed to the bank."""
+        return self._catalogue.version
+
+    def versions(self) -> list[tuple[datetime, str]]:
+        """States that `at` can show, oldest first: when each began, and its name."""
+        return [(made, version_name(version)) for made, version in self._catalogue.versions()]
+
+    def tags(self) -> dict[str, str]:
+        """Tagged states and their versions. A tag is kept until a deletion: that drops all of them."""
+        return {name: version_name(version) for name, version in self._catalogue.tags().items()}
+
+    def _read(self, id: str, place: Place) -> Memory:
+        """One memory; looked up again where a writer moved or erased the record since."""
+        try:
+            memory = self._decoded(id, place)
+        except BankError:
+            now = self._catalogue.locate([id])
+            self._refuse_unknown(() if id in now else (id,))
+            if now[id] == place:
+                raise
+            memory = self._decoded(id, now[id])
+        dtype = memory.keys.dtype if self.decoder is None else self.decoder.dtype
+        return Memory(memory.keys.to(dtype), memory.values.to(dtype), memory.positions)
+
+    def _decoded(self, id: str, place: Place) -> Memory:
+        record = self._records.read(*place)
+        return self.manifest.codec.decode(record, self.manifest.shape, id, self._records.describe(place))
+
+    def _version_named(self, at: str) -> Version:
+        """The versions that a tag or a name of a version stands for."""
+        kept = {version_name(version): version for _, version in self._catalogue.versions()}
+        found = self._catalogue.tags().get(at, kept.get(at))
+        if found is None:
+            raise BankError(
+                f"{self.address} has no state {at!r}, expected a tag or a version that memory3 bank versions {self.address} lists: a state "
+                "without a tag is kept for an hour, and none outlives a deletion"
+            )
+        return found
+
+    def _check_embedder(self, embedder: Embedder) -> None:
+        if self.space is None:
+            raise BankError(
+                f"{self.address} has no vectors, expected some of {embedder.name}: make them with memory3 bank embed {self.address}"
+            )
+        self.space.check(self.address, embedder)
+
+    def _refuse_unknown(self, ids: Iterable[str]) -> None:
+        unknown = [check_id(id) for id in ids]
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise BankError(f"{self.address} has no memory {unknown[0]}{more}: it was deleted, or never written here")
+
+    def _check(self) -> None:
+        """Raise `BankMismatch` where this became another bank since it was opened."""
+
+    @abstractmethod
+    def total_bytes(self) -> int:
+        """Bytes of all files of the bank."""
+
+
+def version_name(version: Version) -> str:
+    """A version of the two tables for people: `12.9`."""
+    return f"{version[0]}.{version[1]}"
