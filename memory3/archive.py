@@ -10,9 +10,11 @@ import re
 import secrets
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from memory3.bank import Bank
 from memory3.manifest import MANIFEST
@@ -23,6 +25,19 @@ MOST_LISTING_BYTES = 64 * 2**20
 _BLOCK = 2**20
 _OURS = re.compile(rf"{re.escape(MANIFEST)}|shards/\d{{5}}\.kv|index\.lance/[\w.\-/]+")
 OnProgress = Callable[[int, int | None], None]
+Listing = dict[str, tuple[int, str]]
+"""Files of a bank: their sizes, and their BLAKE2b checksums of 32 bytes."""
+
+
+def files_of(bank: Bank) -> dict[str, Path]:
+    """What a bank is made of, by name inside its folder; take it under the bank's lock."""
+    names = {p.relative_to(bank.path).as_posix(): p for p in sorted(bank.path.rglob("*")) if p.is_file()}
+    return {name: path for name, path in names.items() if _OURS.fullmatch(name)}
+
+
+def listing_of(files: dict[str, Path]) -> Listing:
+    """Sizes and checksums of files."""
+    return {name: (path.stat().st_size, _digest_of(path)) for name, path in files.items()}
 
 
 def export_bank(bank: Bank, file: Path, on_progress: OnProgress | None = None) -> int:
@@ -41,14 +56,14 @@ def export_bank(bank: Bank, file: Path, on_progress: OnProgress | None = None) -
         raise BankError(f"{file} has no folder to be in, expected {file.parent} to exist: make it first")
     fresh = file.absolute().with_name(f".{file.name}.{secrets.token_hex(4)}.memory3-exporting")
     with bank.exclusive():
-        paths = [p for p in sorted(bank.path.rglob("*")) if p.is_file() and _OURS.fullmatch(_name(p, bank.path))]
-        total, done = sum(p.stat().st_size for p in paths), 0
+        files = files_of(bank)
+        total, done = sum(p.stat().st_size for p in files.values()), 0
         try:
-            listing = {_name(p, bank.path): [p.stat().st_size, _digest_of(p)] for p in paths}
+            listing = listing_of(files)
             with tarfile.open(fresh, "w", format=tarfile.PAX_FORMAT) as archive:
                 _add(archive, LISTING, json.dumps(listing).encode())
-                for path in paths:
-                    archive.add(path, _name(path, bank.path), recursive=False, filter=_anonymous)
+                for name, path in files.items():
+                    archive.add(path, name, recursive=False, filter=_anonymous)
                     done += path.stat().st_size
                     if on_progress:
                         on_progress(done, total)
@@ -70,25 +85,39 @@ def import_bank(file: Path, path: Path, on_progress: OnProgress | None = None) -
     Raises:
         BankError: no archive of a bank, damage, a name that is not ours, or a target that exists.
     """
+    with fresh_bank(path) as fresh:
+        try:
+            with tarfile.open(file, "r:") as archive:
+                _unpack(archive, fresh, file, on_progress)
+        except tarfile.TarError as error:
+            raise BankError(f"{file} is no archive of a bank ({error}): take one that `memory3 bank export` made") from None
+        except OSError as error:
+            raise BankError(f"{file} cannot be unpacked to {path} ({error.strerror or error})") from error
+    return Bank(path)
+
+
+@contextmanager
+def fresh_bank(path: Path) -> Iterator[Path]:
+    """A folder to put the files of a bank into, which takes its place at `path` when it is one, and else goes.
+
+    Raises:
+        BankError: the place is taken, or what was put there is no bank.
+    """
     path = Path(os.path.abspath(path))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BankError(f"{path} exists, expected a new folder: give another")
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.memory3-importing")
     try:
-        with tarfile.open(file, "r:") as archive:
-            _unpack(archive, fresh, file, on_progress)
-        with Bank(fresh) as opened:  # it must be one before it takes its place
+        yield fresh
+        with Bank(fresh) as opened:
             len(opened)
         if path.exists():
             path.rmdir()
         os.replace(fresh, path)
-    except tarfile.TarError as error:
-        raise BankError(f"{file} is no archive of a bank ({error}): take one that `memory3 bank export` made") from None
     except OSError as error:
-        raise BankError(f"{file} cannot be unpacked to {path} ({error.strerror or error})") from error
+        raise BankError(f"{path} cannot be made ({error.strerror or error})") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return Bank(path)
 
 
 def _unpack(archive: tarfile.TarFile, folder: Path, file: Path, on_progress: OnProgress | None) -> None:
@@ -105,7 +134,7 @@ def _unpack(archive: tarfile.TarFile, folder: Path, file: Path, on_progress: OnP
         size, digest = left.pop(member.name)
         source = archive.extractfile(member)
         assert source is not None
-        if member.size != size or _copied(source, folder / member.name) != digest:
+        if member.size != size or copied(iter(partial(source.read, _BLOCK), b""), folder / member.name, size) != digest:
             raise BankError(f"{member.name} in {file} is damaged (size or checksum differ): copy the archive again")
         done += size
         if on_progress:
@@ -114,29 +143,36 @@ def _unpack(archive: tarfile.TarFile, folder: Path, file: Path, on_progress: OnP
         raise BankError(f"{file} lacks {sorted(left)[0]}, expected {len(listing)} files: copy the archive again")
 
 
-def _listing(archive: tarfile.TarFile, file: Path) -> dict[str, tuple[int, str]]:
-    """Names, sizes and checksums; every name is one that a bank has."""
+def _listing(archive: tarfile.TarFile, file: Path) -> Listing:
     first = archive.next()
     if first is None or first.name != LISTING or not first.isreg() or first.size > MOST_LISTING_BYTES:
         raise BankError(f"{file} does not begin with {LISTING}, expected an archive that `memory3 bank export` made")
     source = archive.extractfile(first)
     assert source is not None
+    return checked_listing(source.read(), str(file))
+
+
+def checked_listing(data: bytes, where: str) -> Listing:
+    """Names, sizes and checksums out of JSON; every name is one that a bank has, so nothing leaves its folder."""
     try:
-        found = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(source.read()).items()}
+        found = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(data).items()}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise BankError(f"{LISTING} in {file} is ill-formed ({error}): copy the archive again") from None
+        raise BankError(f"{LISTING} in {where} is ill-formed ({error}): copy the bank again") from None
     for name in found:
         if not _OURS.fullmatch(name) or ".." in PurePosixPath(name).parts:
-            raise BankError(f"{file} lists {name!r}, expected the names of a bank's files only: do not trust it")
+            raise BankError(f"{where} lists {name!r}, expected the names of a bank's files only: do not trust it")
     return found
 
 
-def _copied(source: IO[bytes], target: Path) -> str:
-    """Copy a file and sync it; its checksum."""
+def copied(blocks: Iterable[bytes], target: Path, size: int) -> str:
+    """Write a new file of `size` bytes, no more, and sync it; its checksum."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.blake2b(digest_size=32)
+    digest, written = hashlib.blake2b(digest_size=32), 0
     with target.open("xb") as file:
-        while block := source.read(_BLOCK):
+        for block in blocks:
+            written += len(block)
+            if written > size:
+                return "too long"
             digest.update(block)
             file.write(block)
         file.flush()
@@ -150,10 +186,6 @@ def _digest_of(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _name(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -52,7 +52,7 @@ class Manifest:
         plain = _plain(identity)
         shape = RecordShape.of(MemorySpec.from_json(plain["spec"]), plain["head_dim"])
         size = codec.record_bytes(shape.pairs, shape.slots, shape.head_dim)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat()  # to the microsecond: it tells banks apart
         return cls(plain, codec, shape, size, max(1, max_shard_bytes // size), now, _version())
 
     @classmethod
@@ -65,8 +65,18 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            fields = json.loads(path.read_text("utf-8"))
+            text = path.read_text("utf-8")
         except (OSError, ValueError) as error:
+            raise BankError(f"{path} cannot be read ({error}): restore it from a copy, or write a new bank") from None
+        return cls.parse(text, folder)
+
+    @classmethod
+    def parse(cls, text: str, folder: Path | str) -> Manifest:
+        """The manifest of a bank at `folder` from its text; errors as of `load`."""
+        path = f"{folder}/{MANIFEST}"
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
             raise BankError(f"{path} cannot be read ({error}): restore it from a copy, or write a new bank") from None
         version = fields.get("format_version") if isinstance(fields, dict) else None
         if version != FORMAT_VERSION:

@@ -12,7 +12,8 @@ import torch
 from families import FAMILIES, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
-from memory3.bank import Bank, Hit
+from memory3.bank import Bank
+from memory3.catalogue import Hit
 from memory3.decoder import Decoder, attach
 from memory3.generation import Prompt, complete, generate, stream
 from memory3.recall import Recall, Recalled

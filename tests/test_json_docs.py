@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from families import tiny_model, tiny_tokenizer
+from object_store import bucket
 from typer.testing import CliRunner
 
 from memory3.answering import answer
@@ -36,6 +37,8 @@ COMMANDS = (
     "bank embed",
     "bank versions",
     "bank tag",
+    "bank push",
+    "bank pull",
     "bank compact",
     "bank export",
     "bank import",
@@ -120,6 +123,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("bank tag", str(bank), "first", "--json")
         run("bank versions", str(bank), "--json")
         run("bank tag", str(bank), "first", "--remove", "--json")
+        with bucket() as address:
+            run("bank push", str(bank), address, "--json")
+            run("bank pull", address, str(folder / "pulled"), "--json")
         run("bank export", str(bank), str(folder / "bank.tar"), "--json")
         run("bank import", str(folder / "bank.tar"), str(folder / "copy"), "--json")
         run("bank verify", str(bank), "--json")

@@ -14,16 +14,17 @@ bank_app = typer.Typer(no_args_is_help=True, help="Look at a bank, forget, check
 FAULTY = 4
 """Exit code of a verify that found something."""
 
+Address = Annotated[str, typer.Argument(metavar="BANK", help="Folder of the bank, or its address on object storage: s3://BUCKET/PATH.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of the bank.")]
 Where = Annotated[str | None, typer.Option(help="SQL on the columns id, text, tokens and created: \"text LIKE '%tower%'\".")]
 
 
 @bank_app.command()
-def stats(bank: Folder, as_json: Json = False) -> None:
+def stats(bank: Address, as_json: Json = False) -> None:
     """Say what is in a bank and what it weighs."""
-    from memory3.bank import Bank
+    from memory3.remote import open_bank
 
-    with Bank(bank) as opened:
+    with open_bank(bank) as opened:
         found = opened.stats()
     if as_json:
         print(json.dumps(found))
@@ -34,17 +35,17 @@ def stats(bank: Folder, as_json: Json = False) -> None:
 
 @bank_app.command("list")
 def list_(
-    bank: Folder,
+    bank: Address,
     where: Where = None,
     source: Annotated[str | None, typer.Option(help="Only what comes from this document.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most rows.")] = None,
     as_json: Json = False,
 ) -> None:
     """List memories: id, tokens, sources and the beginning of the text; with --json one document a line."""
-    from memory3.bank import Bank
+    from memory3.remote import open_bank
     from memory3.spec import BankError
 
-    with Bank(bank) as opened:
+    with open_bank(bank) as opened:
         rows = opened.where(where)
         if source is not None:
             there = {span[0] for span in opened.spans_of([source])}
@@ -65,11 +66,11 @@ def list_(
 
 
 @bank_app.command()
-def show(bank: Folder, id: Annotated[str, typer.Argument(help="Id of a memory, as `list` and citations give it.")]) -> None:
+def show(bank: Address, id: Annotated[str, typer.Argument(help="Id of a memory, as `list` and citations give it.")]) -> None:
     """Show one memory: its text, where it comes from, and what was kept of it."""
-    from memory3.bank import Bank
+    from memory3.remote import open_bank
 
-    with Bank(bank) as opened:
+    with open_bank(bank) as opened:
         [spans] = opened.references([id]).values()
         [memory] = opened.read([id])
     print(spans[0].text)
@@ -163,11 +164,11 @@ def embed(
 
 
 @bank_app.command()
-def versions(bank: Folder, as_json: Json = False) -> None:
+def versions(bank: Address, as_json: Json = False) -> None:
     """List the states of a bank that `--at` can show, oldest first, with their tags."""
-    from memory3.bank import Bank
+    from memory3.remote import open_bank
 
-    with Bank(bank) as opened:
+    with open_bank(bank) as opened:
         kept, tags = opened.versions(), opened.tags()
     for made, version in kept:
         names = [name for name, tagged in tags.items() if tagged == version]
@@ -217,6 +218,37 @@ def import_(
 
     with progress("importing") as tell:
         opened = import_bank(file, bank, tell)
+    found: dict[str, Any] = {"references": len(opened), "path": str(bank)}
+    print(json.dumps(found) if as_json else f"{found['references']} memories in {bank}")
+
+
+@bank_app.command()
+def push(
+    bank: Folder,
+    target: Annotated[str, typer.Argument(help="s3://BUCKET/PATH, or hf://OWNER/NAME for a hub repository.")],
+    licence: Annotated[str | None, typer.Option(help="Licence for the page of a hub repository: cc-by-sa-4.0, …")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a bank on object storage or into a hub repository; what was pushed before is brought to the present state."""
+    from memory3.bank import Bank
+    from memory3.sharing import push as push_bank
+
+    with Bank(bank) as opened, progress("pushing") as tell:
+        sent = push_bank(opened, target, licence=licence, on_progress=tell)
+    print(json.dumps({"bytes": sent, "target": target}) if as_json else f"{sent:,} bytes sent to {target}")
+
+
+@bank_app.command()
+def pull(
+    source: Annotated[str, typer.Argument(help="s3://BUCKET/PATH or hf://OWNER/NAME.")],
+    bank: Annotated[Path, typer.Argument(help="Folder of the new bank.")],
+    as_json: Json = False,
+) -> None:
+    """Make a bank out of what `push` put somewhere; sizes, checksums and names are checked."""
+    from memory3.sharing import pull as pull_bank
+
+    with progress("pulling") as tell:
+        opened = pull_bank(source, bank, tell)
     found: dict[str, Any] = {"references": len(opened), "path": str(bank)}
     print(json.dumps(found) if as_json else f"{found['references']} memories in {bank}")
 

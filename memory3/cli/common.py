@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from memory3.bank import Bank
     from memory3.decoder import Decoder
     from memory3.embedding import SentenceEmbedder
     from memory3.recall import Recall
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a decoder; by default the model that ships.")]
-Banks = Annotated[list[Path] | None, typer.Option("--bank", help="Bank to recall from; may be given several times.")]
+Banks = Annotated[
+    list[str] | None,
+    typer.Option("--bank", help="Bank to recall from, a folder or s3://BUCKET/PATH; may be given several times."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="JSON on stdout: one document as the last line, or one a line for questions and lists.")
 ]
@@ -71,17 +73,16 @@ def embedder_of(name: str | None, bank: Path) -> SentenceEmbedder | None:
     return SentenceEmbedder(OFFLINE) if offline_available() and not (bank / MANIFEST).exists() else None
 
 
-def recall_of(banks: list[Path] | None, decoder: Decoder, at: str | None = None, **options: Any) -> Recall:
-    from memory3.bank import Bank
+def recall_of(banks: list[str] | None, decoder: Decoder, at: str | None = None, **options: Any) -> Recall:
     from memory3.recall import Recall
+    from memory3.remote import open_bank
     from memory3.spec import BankError
 
     if not banks:
         raise BankError(
             "found no --bank, expected one to recall from: write it with `memory3 write SOURCES --bank FOLDER`, or --no-memory"
         )
-    opened: list[Bank] = [Bank(path, decoder, at=at) for path in banks]
-    return Recall(opened, **options)
+    return Recall([open_bank(address, decoder, at=at) for address in banks], **options)
 
 
 def config_of(decoder: Decoder, temperature: float | None) -> Any:
