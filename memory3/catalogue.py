@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,19 @@ from memory3.documents import is_part
 from memory3.embedding import VectorSpace
 from memory3.shards import Place
 from memory3.spec import BankError, Reference
-from memory3.tables import VECTOR, Table, among, batches, check_id, memories_schema, quoted, sources_schema, unreadable, writing
+from memory3.tables import (
+    CONTEXT,
+    VECTOR,
+    Table,
+    among,
+    batches,
+    check_id,
+    memories_schema,
+    quoted,
+    sources_schema,
+    unreadable,
+    writing,
+)
 from memory3.tables import create as create_tables
 
 if TYPE_CHECKING:
@@ -103,9 +115,11 @@ class Catalogue:
         earlier.space = earlier._space()
         return earlier
 
+    def _has(self, column: str) -> bool:
+        return column in self._memories.schema.names
+
     def _space(self) -> VectorSpace | None:
-        schema = self._memories.schema
-        return VectorSpace.from_field(schema.field(VECTOR)) if VECTOR in schema.names else None
+        return VectorSpace.from_field(self._memories.schema.field(VECTOR)) if self._has(VECTOR) else None
 
     def __len__(self) -> int:
         return int(self._memories.read(lambda table: table.count_rows()))
@@ -118,16 +132,24 @@ class Catalogue:
     def references(self, ids: Iterable[str]) -> dict[str, list[Reference]]:
         """For each memory that exists its text at every place it came from, ordered by source and span."""
         wanted = list(ids)
-        texts = {row["id"]: row["text"] for row in self._memories.rows_with("id", wanted, ("id", "text"))}
+        columns = ("id", "text", CONTEXT) if self._has(CONTEXT) else ("id", "text")
+        texts = {
+            row["id"]: Reference(row["text"], context=row.get(CONTEXT) or "")
+            for row in self._memories.rows_with("id", wanted, columns)
+        }
         for id, text in texts.items():
-            if Reference(text).id != id:
+            if text.id != id:
                 raise BankError(
                     f"the text of memory {id} is not the one that was written: delete the memory and write its document again"
                 )
         found: dict[str, list[Reference]] = {id: [] for id in wanted if id in texts}
         for id, source, start, end in sorted(self._spans(texts)):
-            found[id].append(Reference(texts[id], source, start, end))
-        return {id: spans or [Reference(texts[id])] for id, spans in found.items()}
+            found[id].append(replace(texts[id], source=source, start=start, end=end))
+        return {id: spans or [texts[id]] for id, spans in found.items()}
+
+    def in_context(self) -> list[str]:
+        """Ids of memories that saw their surroundings."""
+        return [row["id"] for row in self._memories.rows(f"{CONTEXT} != ''", ("id",))] if self._has(CONTEXT) else []
 
     def ids(self) -> list[str]:
         """All ids, ascending."""
@@ -223,6 +245,11 @@ class Catalogue:
             assert len(vectors) == len(rows), "a vector for each memory, or for none"
             table = table.append_column(self.space.field(VECTOR), _halves(np.stack(vectors)))
         with writing(self.folder):
+            contexts = [e.reference.context or None for e in entries]
+            if any(contexts) and not self._has(CONTEXT):
+                self._memories.raw.add_columns(pa.field(CONTEXT, pa.string()))
+            if self._has(CONTEXT):
+                table = table.append_column(CONTEXT, pa.array(contexts, pa.string()))
             self._memories.raw.add(table)
 
     def add_spans(self, references: Iterable[Reference]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +11,19 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from memory3.attention import KEYWORD, ORIGINALS, Attended, MemoryStack, Original, Reading, States, Trace, registered_name
-from memory3.family import Geometry, Stop, checked_family, probed, run_until_stop
+from memory3.attention import KEYWORD, ORIGINALS, MemoryStack, Reading, Trace, registered_name
+from memory3.encoding import Writing, WritingInContext
+from memory3.family import SPEC_FILE, Geometry, checked_family, probed, run_until_stop, trained_spec
 from memory3.identity import tokenizer_fingerprint, weights_fingerprint, weights_state
 from memory3.rotation import CaughtRotations, checked_limit, frequencies, position_limit
-from memory3.selection import LayerStates, kept_positions, selection
+from memory3.selection import selection
 from memory3.spec import REFERENCE_PREFIX, Memory, MemorySpec, SpecError, UnsupportedModel
 
-SPEC_FILE = "memory_spec.json"
-"""Beside the weights of a model that was trained for memory: the spec it was trained with."""
+GAP = "\n\n"
+"""What stands between two references of one sequence."""
+_DEFAULT_WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -38,48 +39,6 @@ class Layout:
     position_ids: Tensor
     chunks: Tensor
     memory: bool = True
-
-
-class _Writing:
-    """Keeps the key-values of references at the memory layers and stops behind the last."""
-
-    def __init__(self, decoder: Decoder, token_ids: Tensor, mask: Tensor, caught: CaughtRotations, stop: bool) -> None:
-        self.decoder, self.token_ids, self.mask, self.caught, self.stop = decoder, token_ids, mask, caught, stop
-        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def attend(self, original: Original, module: nn.Module, states: States, options: dict[str, Any]) -> Attended:
-        layer: int = module.layer_idx  # type: ignore[assignment]
-        layers = self.decoder.spec.layers
-        assert layers is not None
-        if layer in layers:
-            self.kept.append(self._keep(layer, module, states, options))
-        if self.stop and layer == layers[-1]:
-            raise Stop
-        return states.through(original, module, options)
-
-    def _keep(self, layer: int, module: nn.Module, states: States, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values `(N, heads, K, D)` and positions `(N, heads, K)` of one layer."""
-        spec, skip = self.decoder.spec, len(self.decoder.prefix_ids)
-        heads = list(spec.heads_of(layer))
-        keys, values = (t[:, heads, skip:] for t in (states.key, states.value))
-        with torch.no_grad():
-            positions = self._positions(layer, module, states, options.get("scaling"))[:, heads]
-        index = positions[..., None].expand(*positions.shape, keys.shape[-1])
-        return keys.gather(2, index), values.gather(2, index), positions
-
-    def _positions(self, layer: int, module: nn.Module, states: States, scaling: float | None) -> Tensor:
-        """Places `(N, H, K)` that the selection keeps; all of them need no score."""
-        spec, skip = self.decoder.spec, len(self.decoder.prefix_ids)
-        count, heads, length = states.key.shape[0], states.key.shape[1], self.mask.shape[1]
-        if spec.slots >= length:
-            return torch.arange(length, device=states.key.device).expand(count, heads, length)
-        query, key = states.query.float(), states.key.float()
-        if self.decoder.geometry.rotates[layer]:
-            query, key = self.caught.undo(module, query, key)
-        query = query.unflatten(1, (heads, -1))[..., skip:, :]
-        scale = states.key.shape[-1] ** -0.5 if scaling is None else scaling
-        scored = LayerStates(query, key[:, :, skip:], self.mask, self.token_ids, scale, layer)
-        return kept_positions(selection(spec.selection).score(scored), self.mask, spec.slots)[0]
 
 
 class Decoder:
@@ -224,10 +183,7 @@ class Decoder:
     def stack_with_states(self, rows: Sequence[Sequence[int]], through: bool = True) -> tuple[MemoryStack, Tensor | None]:
         """`stack`, and with `through` the last hidden states `(N, T, d)` of the references from a pass through all layers."""
         _checked_lengths(rows, self.spec.reference_length)
-        longest = max(map(len, rows))
-        token_ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        mask = torch.arange(longest, device=self.device)[None, :] < lengths[:, None]
+        token_ids, lengths, mask = self._batched(rows)
         kept, found = self._written(token_ids, mask, stop=not through)
         keys, values, positions = (torch.cat(parts, 1) for parts in zip(*kept, strict=True))
         return MemoryStack(keys, values, lengths.clamp(max=self.spec.slots), positions), found
@@ -241,10 +197,61 @@ class Decoder:
         positions = torch.arange(input_ids.shape[1], device=self.device).expand(count, -1)
         checked_limit(positions, self._limit)
         caught = CaughtRotations()
-        writing = _Writing(self, token_ids, mask, caught, stop)
+        writing = Writing(self.spec, self.geometry, len(prefix), token_ids, mask, caught, stop)
         with caught.catching(self.model):
             output = run_until_stop(self.model.base_model, input_ids, attention, positions, writing)
         return writing.kept, None if output is None else output.last_hidden_state[:, len(prefix) :]
+
+    @property
+    def window(self) -> int:
+        """Most tokens of one sequence behind the reference BOS."""
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_WINDOW
+        return min(int(most), self._limit or int(most)) - len(self.prefix_ids)
+
+    @torch.no_grad()
+    def encode_in_context(self, texts: Sequence[str]) -> list[Memory]:
+        """One memory per text, each of which saw the texts before it (design 3, Remark 3); between two stands a blank line.
+
+        Raises:
+            SpecError: a text is empty or over-long, or all of them do not fit the model's window.
+        """
+        rows, gap = [self.tokens(text) for text in texts], self.tokens(GAP)
+        _checked_lengths(rows, self.spec.reference_length)
+        sequence: list[int] = []
+        starts = []
+        for row in rows:
+            sequence += gap if sequence else []
+            starts.append(len(self.prefix_ids) + len(sequence))
+            sequence += row
+        if len(sequence) > self.window:
+            raise SpecError(f"found {len(sequence)} tokens in one sequence, expected at most {self.window}: give fewer texts")
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self._kept_of(rows, starts, [*self.prefix_ids, *sequence]).unstacked()
+        finally:
+            self.model.train(was_training)
+
+    def _kept_of(self, rows: Sequence[Sequence[int]], starts: Sequence[int], sequence: Sequence[int]) -> MemoryStack:
+        token_ids, lengths, mask = self._batched(rows)
+        places = torch.tensor(starts, device=self.device)[:, None] + torch.arange(mask.shape[1], device=self.device)
+        places = torch.where(mask, places, 0)
+        input_ids = torch.tensor([list(sequence)], device=self.device)
+        positions = torch.arange(input_ids.shape[1], device=self.device)[None]
+        checked_limit(positions, self._limit)
+        caught = CaughtRotations()
+        writing = WritingInContext(places, self.spec, self.geometry, len(self.prefix_ids), token_ids, mask, caught, True)
+        with caught.catching(self.model):
+            run_until_stop(self.model.base_model, input_ids, torch.ones_like(input_ids), positions, writing)
+        keys, values, kept = (torch.cat(parts, 1) for parts in zip(*writing.kept, strict=True))
+        return MemoryStack(keys, values, lengths.clamp(max=self.spec.slots), kept)
+
+    def _batched(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids `(N, T)`, lengths `(N,)` and mask `(N, T)` of rows that are padded at the right."""
+        longest = max(map(len, rows))
+        token_ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return token_ids, lengths, torch.arange(longest, device=self.device)[None, :] < lengths[:, None]
 
     # ---- read ----
 
@@ -402,39 +409,6 @@ def attach(model: Any, tokenizer: Any, spec: MemorySpec | None = None) -> Decode
     except BaseException:
         model.set_attn_implementation(original)
         raise
-
-
-def trained_spec(model: Any) -> MemorySpec | None:
-    """The spec in `memory_spec.json` of the model's folder or hub repository; `None` where there is none."""
-    from transformers.utils import cached_file
-
-    name = str(getattr(model.config, "name_or_path", "") or "")
-    if not name:
-        return None
-    folder = Path(name)
-    found = folder / SPEC_FILE if folder.is_dir() else None
-    if found is None:
-        try:
-            cached = cached_file(
-                name,
-                SPEC_FILE,
-                local_files_only=True,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                _raise_exceptions_for_gated_repo=False,
-            )
-        except (OSError, ValueError):  # a folder that is gone, or no hub name at all
-            return None
-        found = Path(cached) if cached else None
-    if found is None or not found.is_file():
-        return None
-    try:
-        fields = json.loads(found.read_text("utf-8"))
-    except ValueError as error:
-        raise SpecError(
-            f"found a broken {found} ({error}), expected the JSON of a MemorySpec: restore it, or remove it"
-        ) from None
-    return MemorySpec.from_json(fields)
 
 
 def _chosen_spec(own: MemorySpec | None, given: MemorySpec | None, model: Any) -> MemorySpec:

@@ -1,8 +1,10 @@
-"""Which models can read memory, and what a look at their layers finds: kv heads, head dim, rotation."""
+"""Which models can read memory, what a look at their layers finds, and the spec that a model was trained with."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,10 @@ from torch import Tensor, nn
 
 from memory3.attention import KEYWORD, Attended, Original, States
 from memory3.rotation import CaughtRotations, rotates
-from memory3.spec import UnsupportedModel
+from memory3.spec import MemorySpec, SpecError, UnsupportedModel
+
+SPEC_FILE = "memory_spec.json"
+"""Beside the weights of a model that was trained for memory: the spec it was trained with."""
 
 
 class Stop(Exception):
@@ -98,3 +103,36 @@ def probed(model: Any, tokenizer: Any, num_layers: int, last_layer: int) -> Geom
     found = {layer: rotates((k[0], k[1]), (u[0], u[1]), layer) for layer, (k, u) in probe.keys.items()}
     ((heads, dim),) = shapes
     return Geometry(num_layers, heads, dim, found)
+
+
+def trained_spec(model: Any) -> MemorySpec | None:
+    """The spec in `memory_spec.json` of the model's folder or hub repository; `None` where there is none."""
+    from transformers.utils import cached_file
+
+    name = str(getattr(model.config, "name_or_path", "") or "")
+    if not name:
+        return None
+    folder = Path(name)
+    found = folder / SPEC_FILE if folder.is_dir() else None
+    if found is None:
+        try:
+            cached = cached_file(
+                name,
+                SPEC_FILE,
+                local_files_only=True,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+        except (OSError, ValueError):  # a folder that is gone, or no hub name at all
+            return None
+        found = Path(cached) if cached else None
+    if found is None or not found.is_file():
+        return None
+    try:
+        fields = json.loads(found.read_text("utf-8"))
+    except ValueError as error:
+        raise SpecError(
+            f"found a broken {found} ({error}), expected the JSON of a MemorySpec: restore it, or remove it"
+        ) from None
+    return MemorySpec.from_json(fields)

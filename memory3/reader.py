@@ -36,8 +36,15 @@ class MemoryWriter(Protocol):
     def identity(self) -> dict[str, Any]:
         """JSON values `model`, `weights`, `tokenizer`, `rotation`, `spec`, `head_dim`, `dtype` (docs/bank.md)."""
 
+    @property
+    def window(self) -> int:
+        """Most tokens of one sequence."""
+
     def encode(self, texts: Sequence[str]) -> list[Memory]:
         """Memories `(P, K, D)` of the texts, in order."""
+
+    def encode_in_context(self, texts: Sequence[str]) -> list[Memory]:
+        """The same of neighbouring texts, each of which sees those before it."""
 
 
 class Records(Protocol):
@@ -146,6 +153,10 @@ class BankReader:
         found = self._catalogue.references(wanted)
         self._refuse_unknown(id for id in wanted if id not in found)
         return found
+
+    def in_context(self) -> list[str]:
+        """Ids of memories that saw the text before them (`memory3.context`)."""
+        return self._catalogue.in_context()
 
     def read(self, ids: Sequence[str]) -> list[Memory]:
         """Memories `(P, K, D)` on the CPU, in the dtype of the decoder; each its own copy.

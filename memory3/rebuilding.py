@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memory3.bank import Bank
+from memory3.context import in_order, stretches
 from memory3.guard import replaced_bank
 from memory3.reader import MemoryWriter
 from memory3.spec import BankError, Reference
@@ -49,6 +50,10 @@ def rebuild(
         names: dict[str, list[str]] = {}
         with Bank(fresh, decoder, create=True, embedder=None if bank.space is None else bank.embedder) as target:
             report = write(decoder, _again(bank, decoder, names), target, batch_size=batch_size, on_progress=on_progress)
+            contextual = _again_in_context(bank, decoder, names)
+            if contextual:
+                more = write(decoder, contextual, target, batch_size=batch_size, context=True, on_progress=on_progress)
+                report = report.plus(more)
             _forget_what_went(bank, target, names)
             if len(names) != len(bank) or target.missing(id for now in names.values() for id in now):
                 raise BankError(f"{fresh} lacks texts of {path}, expected all of them: run the same command again")
@@ -75,12 +80,49 @@ def _forget_what_went(bank: Bank, target: Bank, names: dict[str, list[str]]) -> 
 
 
 def _again(bank: Bank, decoder: MemoryWriter, names: dict[str, list[str]]) -> Iterator[Reference]:
-    """Every text at every place it came from, split again where it is too long; notes new ids under old ones."""
+    """Every text that was encoded alone at every place it came from, split again where it is too long; notes new ids under old
+    ones.
+    """
+    whole = set(_read_whole(bank))
     ids = bank.ids()
     for start in range(0, len(ids), 512):
         for id, spans in bank.references(ids[start : start + 512]).items():
-            pieces = split(spans[0].text, decoder.tokenizer, length=decoder.spec.reference_length)
-            names[id] = [piece.id for piece in pieces]
-            for place in spans:
-                for piece in pieces:
-                    yield Reference(piece.text, place.source, place.start + piece.start, place.start + piece.end)
+            places = [place for place in spans if place.source not in whole]
+            if places:
+                names[id] = []
+            for place in places:
+                pieces = _split_again(place, decoder)
+                names[id] = [piece.id for piece in pieces]
+                yield from pieces
+
+
+def _read_whole(bank: Bank) -> list[str]:
+    """Documents that were written in context: their first memories saw nothing before them, and look as if they were alone."""
+    seen = set(bank.in_context())
+    return list(dict.fromkeys(source for memory, source in bank.spans() if memory in seen))
+
+
+def _again_in_context(bank: Bank, decoder: MemoryWriter, names: dict[str, list[str]]) -> list[Reference]:
+    """The references of documents that were written in context, in order; notes new ids under old ones."""
+    whole = _read_whole(bank)
+    spans = [span for span in bank.spans_of(whole) if span[1] in set(whole)]
+    texts = bank.references(span[0] for span in spans)
+    olds: dict[tuple[str, int, int], list[str]] = {}
+    for id, source, start, end in spans:
+        olds.setdefault((source, start, end), []).append(id)
+    pieces = {
+        place: _split_again(replace(texts[ids[0]][0], source=place[0], start=place[1], end=place[2]), decoder)
+        for place, ids in olds.items()
+    }
+    ordered = in_order(piece for some in pieces.values() for piece in some)
+    now = {(r.source, r.start, r.end): r.id for stretch in stretches(ordered, decoder) for r in stretch.new}
+    for place, ids in olds.items():
+        for id in ids:
+            made = names.setdefault(id, [])
+            made += [new for p in pieces[place] if (new := now[p.source, p.start, p.end]) not in made]
+    return ordered
+
+
+def _split_again(place: Reference, decoder: MemoryWriter) -> list[Reference]:
+    pieces = split(place.text, decoder.tokenizer, length=decoder.spec.reference_length)
+    return [Reference(p.text, place.source, place.start + p.start, place.start + p.end) for p in pieces]

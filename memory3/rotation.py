@@ -58,6 +58,13 @@ class CaughtRotations:
         queries, keys = _family_rotation(module)(query.float(), key.float(), cosine / square, -sine / square)
         return queries, keys
 
+    def rotate(self, module: nn.Module, key: Tensor, start: int) -> Tensor:
+        """Unrotated keys `(N, H, T, D)` rotated to positions `start` and on, in float32; as they are where nothing was caught."""
+        if module not in self.found:
+            return key
+        cosine, sine = (t.float()[:1, start : start + key.shape[2]] for t in self.found[module])
+        return _family_rotation(module)(key, key, cosine, sine)[1]
+
 
 def _family_rotation(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     rotation = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)

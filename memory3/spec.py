@@ -163,18 +163,24 @@ def _ascending(name: str, values: Sequence[int]) -> tuple[int, ...]:
 class Reference:
     """A text of at most `reference_length` tokens and where it stands in its source.
 
-    `start` and `end` are character offsets into the decoded text of `source` (end excluded).
+    `start` and `end` are character offsets into the decoded text of `source` (end excluded). `context` names the texts that
+    its memory saw before it (`memory3.context`); empty where it was encoded alone.
     """
 
     text: str
     source: str = ""
     start: int = 0
     end: int = 0
+    context: str = ""
 
     @property
     def id(self) -> str:
-        """Content hash: 32 hexadecimal digits of BLAKE2b over the UTF-8 text."""
-        return hashlib.blake2b(self.text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        """Content hash: 32 hexadecimal digits of BLAKE2b over the UTF-8 text; behind it a zero byte and the context, if any.
+
+        The third part of a memory's identity, its spec, is that of the bank.
+        """
+        content = f"{self.text}\0{self.context}" if self.context else self.text
+        return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 VECTOR = "vector"
 """Column of `memories` that only banks with an embedder have."""
+CONTEXT = "context"
+"""Column of `memories` that only banks have where a memory saw its surroundings."""
 FEWEST_FOR_ANN = 262_144
 """Vectors from which on an approximate index is built; below, exact search is as fast (docs/retrieval.md)."""
 _IDS_PER_QUERY = 1024

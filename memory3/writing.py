@@ -5,19 +5,21 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from time import perf_counter
 
 from memory3.bank import Bank
 from memory3.catalogue import Span
+from memory3.context import Stretch, stretches
 from memory3.reader import MemoryWriter
-from memory3.spec import BankError, Reference
+from memory3.spec import BankError, Memory, Reference
 
 WINDOW = 1024
 """References that are looked up and sorted by length together."""
 
-WINDOWS_PER_REFRESH = 8
-"""Windows between two refreshes of the indexes, so that searches and manifests stay small in a long write."""
+REFRESHED = 8 * WINDOW
+"""References between two refreshes of the indexes, so that searches and manifests stay small in a long write."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class WriteReport:
     bytes_per_reference: int
     seconds: float
 
+    def plus(self, more: WriteReport) -> WriteReport:
+        """What two writes into one bank did together."""
+        sums = {name: getattr(self, name) + getattr(more, name) for name in self.__dataclass_fields__}
+        return WriteReport(**{**sums, "bytes_per_reference": self.bytes_per_reference})
+
 
 def write(
     decoder: MemoryWriter,
@@ -52,6 +59,7 @@ def write(
     max_bytes: int | None = None,
     read: Sequence[str] = (),
     update: bool = False,
+    context: bool = False,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> WriteReport:
     """Encode references and store them; equal content is encoded once, also across calls.
@@ -66,6 +74,8 @@ def write(
         max_bytes: most bytes of the bank's folder; a batch that would not fit is not encoded.
         read: files that `references` reads to their end, told to its `on_read` meanwhile; all of their references pass here.
         update: forget what the bank has of these files beyond their references now; otherwise it is only counted.
+        context: encode neighbouring references of a document as one sequence, so that each sees what stands before it, as
+            far as the model's window reaches. An edit then changes the memories behind it too.
         on_progress: called with the references done so far and, where known, their total.
 
     Raises:
@@ -79,18 +89,16 @@ def write(
     done = written = 0
     with bank.exclusive():
         changes = _Changes()
-        for number, window in enumerate(_windows(references), 1):
-            changes.take(window)
-            new, rest = _divided(window, bank)
-            for batch in _batches(decoder, new, batch_size):
-                _check_budget(bank, batch, max_bytes, written)
-                written += bank.add(batch, decoder.encode([reference.text for reference in batch]))
-                done += len(batch)
-                _tell(on_progress, done, total)
-            bank.add_sources(rest)
-            done += len(rest)
+        steps = _in_context(decoder, references, bank, batch_size) if context else _alone(decoder, references, bank, batch_size)
+        for step in steps:
+            changes.take(step.window)
+            if step.new:
+                _check_budget(bank, step.new, max_bytes, written)
+                written += bank.add(step.new, step.encode())
+            bank.add_sources(step.known)
+            before, done = done, done + len(step.new) + len(step.known)
             _tell(on_progress, done, total)
-            if number % WINDOWS_PER_REFRESH == 0:
+            if done // REFRESHED > before // REFRESHED:
                 bank.refresh(keep_versions=max_bytes is None)
         stale = changes.stale(bank, read) if read else []
         removed = bank.forget_spans(stale) if update else 0
@@ -137,6 +145,61 @@ class _Changes:
         """A number of 62 bits."""
         id, source, start, end = span
         return hash((int(id[:15], 16), zlib.crc32(source.encode()), start, end))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is encoded and committed together.
+
+    Args:
+        new: references that the bank has no memory for.
+        encode: their memories, when it is called.
+        known: references whose places alone are noted.
+        window: all references that were looked at since the step before.
+    """
+
+    new: Sequence[Reference]
+    encode: Callable[[], list[Memory]]
+    known: Sequence[Reference]
+    window: Sequence[Reference]
+
+
+def _alone(decoder: MemoryWriter, references: Iterable[Reference], bank: Bank, batch_size: int) -> Iterator[_Step]:
+    """Each reference by itself, in batches of similar length."""
+    for window in _windows(references):
+        new, known = _divided(window, bank)
+        for batch in _batches(decoder, new, batch_size):
+            yield _Step(batch, partial(decoder.encode, [reference.text for reference in batch]), (), ())
+        yield _Step((), list, known, window)
+
+
+def _in_context(decoder: MemoryWriter, references: Iterable[Reference], bank: Bank, batch_size: int) -> Iterator[_Step]:
+    """Neighbours of a document as one sequence; as many sequences at a time as make a batch."""
+    held: list[Stretch] = []
+    for stretch in stretches(references, decoder):
+        held.append(stretch)
+        if sum(len(one.new) for one in held) >= batch_size:
+            yield _contextual(decoder, held, bank)
+            held = []
+    if held:
+        yield _contextual(decoder, held, bank)
+
+
+def _contextual(decoder: MemoryWriter, held: Sequence[Stretch], bank: Bank) -> _Step:
+    window = [reference for stretch in held for reference in stretch.new]
+    new, known = _divided(window, bank)
+    wanted = {reference.id for reference in new}
+
+    def encode() -> list[Memory]:
+        made = {
+            reference.id: memory
+            for stretch in held
+            if any(reference.id in wanted for reference in stretch.new)
+            for reference, memory in zip(stretch.new, stretch.encode(decoder), strict=True)
+        }
+        return [made[reference.id] for reference in new]
+
+    return _Step(new, encode, known, window)
 
 
 def _windows(references: Iterable[Reference]) -> Iterator[list[Reference]]:

@@ -64,10 +64,18 @@ class FakeDecoder:
         self.batches.append(len(texts))
         return [self._memory(text) for text in texts]
 
-    def _memory(self, text: str) -> Memory:
+    window = 96
+
+    def encode_in_context(self, texts: Sequence[str]) -> list[Memory]:
+        assert sum(map(count, texts)) <= self.window
+        self.encoded += texts
+        self.batches.append(len(texts))
+        return [self._memory(text, "".join(texts[:n])) for n, text in enumerate(texts)]
+
+    def _memory(self, text: str, before: str = "") -> Memory:
         length = min(count(text), self.spec.reference_length)
         kept = min(self.spec.slots, length)
-        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+        seed = int.from_bytes(hashlib.blake2b((before + text).encode(), digest_size=7).digest(), "big")
         generator = torch.Generator().manual_seed(seed)
         keys, values = torch.randn(2, self.spec.pairs, kept, self.head_dim, generator=generator).to(self.dtype)
         rows = [torch.randperm(length, generator=generator)[:kept].sort().values for _ in range(self.spec.pairs)]

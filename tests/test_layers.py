@@ -12,9 +12,9 @@ import memory3
 PACKAGE = Path(memory3.__file__).parent
 ROWS = [
     ["spec"],
-    ["attention", "rotation", "identity", "selection", "codec", "documents", "shards", "embedding", "tables"],
+    ["attention", "rotation", "identity", "selection", "codec", "documents", "shards", "embedding", "tables", "context"],
     ["family", "catalogue", "manifest", "splitting"],
-    ["journal", "guard", "reader", "retrieval"],
+    ["journal", "guard", "reader", "retrieval", "encoding"],
     ["decoder", "bank"],
     ["writing", "loading", "sampling", "verifying", "archive", "remote"],
     ["recall", "rebuilding", "sharing"],

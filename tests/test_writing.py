@@ -98,7 +98,7 @@ def test_what_an_emptied_file_or_a_lost_row_said_is_stale_and_what_could_not_be_
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_batch_size_changes_nothing_that_is_stored(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "WINDOW", 10)
-    monkeypatch.setattr(writing, "WINDOWS_PER_REFRESH", 2)
+    monkeypatch.setattr(writing, "REFRESHED", 20)
     decoder = FakeDecoder()
     bank = Bank(tmp_path, decoder, create=True)
     write(decoder, iter(many(33)), bank, batch_size=size)

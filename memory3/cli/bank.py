@@ -14,7 +14,9 @@ bank_app = typer.Typer(no_args_is_help=True, help="Look at a bank, forget, check
 FAULTY = 4
 """Exit code of a verify that found something."""
 
-Address = Annotated[str, typer.Argument(metavar="BANK", help="Folder of the bank, or its address on object storage: s3://BUCKET/PATH.")]
+Address = Annotated[
+    str, typer.Argument(metavar="BANK", help="Folder of the bank, or its address on object storage: s3://BUCKET/PATH.")
+]
 Folder = Annotated[Path, typer.Argument(help="Folder of the bank.")]
 Where = Annotated[str | None, typer.Option(help="SQL on the columns id, text, tokens and created: \"text LIKE '%tower%'\".")]
 

@@ -54,6 +54,9 @@ def write(
     update: Annotated[
         bool, typer.Option("--update", help="Forget what the bank has of these files that they do not say any more.")
     ] = False,
+    context: Annotated[
+        bool, typer.Option("--context", help="Encode each document as one sequence: memories see the text before them.")
+    ] = False,
     embedder: Embedder = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -80,6 +83,7 @@ def write(
                 max_bytes=max_bytes,
                 read=read,
                 update=update,
+                context=context,
                 on_progress=tell,
             )
     for error in unreadable:
@@ -293,7 +297,7 @@ def evaluate(
         str,
         typer.Argument(
             help="reading: each format; slots: the curve over tokens per head; selections: each at this budget; "
-            "retrieval: is the right reference found."
+            "context: writing in context beside plain writing; retrieval: is the right reference found."
         ),
     ],
     data: Annotated[Path, typer.Option(help="Folder with qa.parquet, for `retrieval` with passages.parquet too.")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
@@ -16,7 +16,7 @@ from memory3.generation import Prompt, complete
 from memory3.recall import Recalled
 from memory3.retrieval import Hit
 from memory3.scoring import exact_match, f1, interval
-from memory3.spec import Reference, SourceError
+from memory3.spec import Memory, Reference, SourceError
 from memory3.splitting import split
 
 OTHERS = 4
@@ -27,13 +27,14 @@ SLOTS = (8, 16, 32, 48, 64, None)
 
 @dataclass(frozen=True)
 class Case:
-    """A question, its accepted answers, its gold reference and others that do not hold the answer."""
+    """A question, its accepted answers, its gold reference, others that do not hold the answer, and what stands before gold."""
 
     dataset: str
     question: str
     answers: tuple[str, ...]
     gold: str
     others: tuple[str, ...]
+    before: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ class Score:
         return f"| {self.name} | {self.count} | {cells[0]} | {cells[1]} |"
 
 
-def dev_cases(decoder: Decoder, data: Path, limit: int, seed: int = 0) -> list[Case]:
-    """Dev questions of `qa.parquet` (boolq apart) whose answer stands in a reference of at most `reference_length` tokens."""
+def dev_cases(decoder: Decoder, data: Path, limit: int, seed: int = 0, inside: bool = False) -> list[Case]:
+    """Dev questions of `qa.parquet` (boolq apart) whose answer stands in a reference of at most `reference_length` tokens; with
+    `inside` only those where that is not the first reference of its document.
+    """
     import pyarrow.parquet as pq
 
     file = data / "qa.parquet"
@@ -92,37 +95,42 @@ def dev_cases(decoder: Decoder, data: Path, limit: int, seed: int = 0) -> list[C
     rows = [r for r in pq.read_table(file).to_pylist() if r["split"] == "dev" and r["dataset"] != "boolq"]
     rng = random.Random(seed)
     rng.shuffle(rows)
-    found: list[tuple[dict[str, Any], str]] = []
+    found: list[tuple[dict[str, Any], str, tuple[str, ...]]] = []
     for row in rows:
-        gold = _gold(decoder, row)
-        if gold is not None:
-            found.append((row, gold))
+        pieces = _to_gold(decoder, row)
+        if pieces and (len(pieces) > 1 or not inside):
+            found.append((row, pieces[-1], tuple(pieces[:-1])))
         if len(found) == limit:
             break
-    pool = [gold for _, gold in found]
+    pool = [gold for _, gold, _ in found]
     cases = []
-    for row, gold in found:
+    for row, gold, before in found:
         answers = tuple(a.strip() for a in row["answers"] if a.strip())
         innocent = [g for g in rng.sample(pool, min(len(pool), 40)) if g != gold and not any(a in g for a in answers)]
-        cases.append(Case(row["dataset"], row["question"].strip(), answers, gold, tuple(innocent[:OTHERS])))
+        cases.append(Case(row["dataset"], row["question"].strip(), answers, gold, tuple(innocent[:OTHERS]), before))
     return cases
 
 
-def _gold(decoder: Decoder, row: dict[str, Any]) -> str | None:
+def _to_gold(decoder: Decoder, row: dict[str, Any]) -> list[str]:
+    """The references of a document up to the first that holds an answer; none where none does."""
     title = (row["title"] or "").replace("_", " ")
     text = f"# {title}\n\n{row['passage']}" if title else row["passage"]
-    pieces = split(text, decoder.tokenizer, length=decoder.spec.reference_length)
-    return next((p.text for p in pieces for a in row["answers"] if a.strip() and a.strip() in p.text), None)
+    pieces = [p.text for p in split(text, decoder.tokenizer, length=decoder.spec.reference_length)]
+    gold = next((n for n, p in enumerate(pieces) for a in row["answers"] if a.strip() and a.strip() in p), None)
+    return [] if gold is None else pieces[: gold + 1]
 
 
 class _Given:
-    """A recall that brings given texts, whatever is asked: memories are encoded on the spot."""
+    """A recall that brings given texts, whatever is asked: memories are encoded on the spot, or `known` already."""
 
     min_score = None
 
-    def __init__(self, decoder: Decoder, texts: Sequence[Sequence[str]]) -> None:
-        flat = list(dict.fromkeys(t for row in texts for t in row))
-        memories = dict(zip(flat, [m for n in range(0, len(flat), 32) for m in decoder.encode(flat[n : n + 32])], strict=True))
+    def __init__(self, decoder: Decoder, texts: Sequence[Sequence[str]], known: Mapping[str, Memory] | None = None) -> None:
+        known = known or {}
+        flat = list(dict.fromkeys(t for row in texts for t in row if t not in known))
+        memories = dict(known) | dict(
+            zip(flat, [m for n in range(0, len(flat), 32) for m in decoder.encode(flat[n : n + 32])], strict=True)
+        )
         self.found = [[(t, memories[t]) for t in row] for row in texts]
 
     def check(self, decoder: Any) -> None:
@@ -149,9 +157,13 @@ def score_of(
     given: Given | None,
     *,
     as_text: bool = False,
+    before: Callable[[Case], Sequence[str]] | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> Score:
-    """Answer the cases greedily with what `given` brings, as memories or as text, and score them."""
+    """Answer the cases greedily with what `given` brings, as memories or as text, and score them.
+
+    With `before` the memory of the gold reference saw these texts before it.
+    """
     if not cases:
         raise SourceError("found no question that can be asked, expected some: give a larger --limit, or other data")
     exact: list[float] = []
@@ -162,7 +174,8 @@ def score_of(
         prompts: list[str | Prompt] = [
             question_prompt(decoder, c.question, t if as_text else ()) for c, t in zip(batch, texts, strict=True)
         ]
-        recall: Any = _Given(decoder, texts) if given and not as_text else None
+        seen = {c.gold: decoder.encode_in_context([*before(c), c.gold])[-1] for c in batch} if before else {}
+        recall: Any = _Given(decoder, texts, seen) if given and not as_text else None
         for case, done in zip(batch, complete(decoder, prompts, recall=recall, max_new_tokens=24), strict=True):
             said = done.text.strip().split("\n")[0]
             exact.append(exact_match(said, case.answers))
@@ -227,13 +240,32 @@ def selections(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int
     ]
 
 
+def contexts(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], None] | None = None) -> list[Score]:
+    """Plain writing, writing in context, and writing in the context of another document (control), of gold references that are
+    not the first of their documents.
+    """
+    others = {case.gold: other.before for case, other in zip(cases, [*cases[1:], *cases[:1]], strict=True)}
+    ways: dict[str, Callable[[Case], Sequence[str]] | None] = {
+        "encoded alone": None,
+        "encoded in context": lambda case: case.before,
+        "encoded in the context of another document": lambda case: others[case.gold],
+    }
+    alone: Given = lambda case: [case.gold]  # noqa: E731
+    return [
+        score_of(f"{name}, {what}", decoder, cases, given, before=before, tell=tell)
+        for what, given in (("gold alone", alone), ("gold among four others", _mixed))
+        for name, before in ways.items()
+    ]
+
+
 def measure(
     decoder: Decoder, data: Path, what: str, limit: int, out: Path | None, seed: int, tell: Callable[[int, int], None]
 ) -> list[Score]:
-    """Print a Markdown table of `reading`, `slots` or `selections`; draw the curve where `out` says."""
-    if what not in ("reading", "slots", "selections"):
-        raise SourceError(f"found eval {what!r}, expected reading, slots or selections")
-    cases = short_cases(decoder, dev_cases(decoder, data, limit, seed))
+    """Print a Markdown table of `reading`, `slots`, `selections` or `context`; draw the curve where `out` says."""
+    tables = {"reading": formats, "selections": selections, "context": contexts}
+    if what not in (*tables, "slots"):
+        raise SourceError(f"found eval {what!r}, expected reading, slots, selections, context or retrieval")
+    cases = short_cases(decoder, dev_cases(decoder, data, limit, seed, inside=what == "context"))
     if what == "slots":
         points = curve(decoder, cases, tell)
         scores = [score for _, score in points]
@@ -243,7 +275,7 @@ def measure(
             spec, length = decoder.spec, decoder.spec.reference_length
             draw_curve([(spec.pairs * (slots or length), score) for slots, score in points], out)
     else:
-        scores = (formats if what == "reading" else selections)(decoder, cases, tell)
+        scores = tables[what](decoder, cases, tell)
     print("| what | questions | exact match, % [95 % interval] | F1, % [95 % interval] |\n|---|---|---|---|")
     for score in scores:
         print(score.row())

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from memory3.bank import Bank
-from memory3.decoder import SPEC_FILE, Decoder
+from memory3.decoder import Decoder
 from memory3.documents import documents
+from memory3.family import SPEC_FILE
 from memory3.loading import load
 from memory3.spec import MemorySpec
 from memory3.train.loop import Objective, Schedule, Settings, TrainError, run
