@@ -5,13 +5,17 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from statistics import fmean, pstdev
 from typing import Protocol
 
 from memory3.catalogue import Hit
+from memory3.decoder import Decoder
 from memory3.embedding import Embedder, VectorSpace
-from memory3.spec import BankError
+from memory3.internal import Attention
+from memory3.reader import MemoryWriter
+from memory3.spec import BankError, Memory
 
-__all__ = ["RETRIEVERS", "Dense", "Hit", "Hybrid", "Lexical", "Retriever", "Searchable"]
+__all__ = ["RETRIEVERS", "Dense", "Hit", "Hybrid", "Internal", "Lexical", "Retriever", "Searchable"]
 
 FUSED = 100
 """Hits of each list that a fusion looks at."""
@@ -35,6 +39,13 @@ class Searchable(Protocol):
 
     def nearest(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """By the vectors."""
+
+    @property
+    def decoder(self) -> MemoryWriter | None:
+        """The model that reads its memories; `None` where it was opened without."""
+
+    def read(self, ids: Sequence[str]) -> list[Memory]:
+        """Memories `(P, K, D)`."""
 
 
 class Retriever(ABC):
@@ -80,6 +91,48 @@ class Hybrid(Retriever):
         return [fused(both, k) for both in zip(*lists, strict=True)]
 
 
+class Internal(Retriever):
+    """The first 100 of `Lexical`, ranked again by how much the question attends to their memories; no other model is needed.
+
+    Both scores are standardised over the 100 and added. A question costs one pass through the memory layers and 100 records.
+    Source: the paper's Remark 2. Controls: `Lexical`, and `weight=0`.
+
+    Args:
+        bank: opened with the model that wrote it.
+        weight: of attention beside words.
+
+    Raises:
+        BankError: the bank was opened without its model.
+    """
+
+    def __init__(self, bank: Searchable, weight: float = 1.0) -> None:
+        super().__init__(bank)
+        if not isinstance(bank.decoder, Decoder):
+            raise BankError(
+                "found a bank opened without a model, expected one whose attention can be asked: Bank(path, decoder)"
+            )
+        self.attention, self.weight = Attention(bank.decoder), weight
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        return [self._ranked(query, k) for query in queries]
+
+    def _ranked(self, query: str, k: int) -> list[Hit]:
+        hits = self.bank.search(query, max(k, FUSED))
+        attended = self.attention.scores(query, self.bank.read([hit.id for hit in hits]))
+        words = standardised([hit.score for hit in hits])
+        scores = [a + self.weight * b for a, b in zip(words, standardised(attended), strict=True)]
+        ranked = [Hit(hit.id, score) for hit, score in zip(hits, scores, strict=True)]
+        return sorted(ranked, key=lambda hit: (-hit.score, hit.id))[: max(0, k)]
+
+
+def standardised(scores: Sequence[float]) -> list[float]:
+    """Scores less their mean, in standard deviations; zeros where all are equal."""
+    if not scores:
+        return []
+    mean, deviation = fmean(scores), pstdev(scores)
+    return [(score - mean) / deviation if deviation > 1e-9 else 0.0 for score in scores]
+
+
 def fused(lists: Sequence[Sequence[Hit]], k: int) -> list[Hit]:
     """The `k` best of several lists by reciprocal rank, then by id."""
     scores: dict[str, float] = {}
@@ -93,7 +146,7 @@ def _has_words(query: str) -> bool:
     return any(character.isalnum() for character in query)
 
 
-RETRIEVERS: dict[str, type[Retriever]] = {"lexical": Lexical, "dense": Dense, "hybrid": Hybrid}
+RETRIEVERS: dict[str, type[Retriever]] = {"lexical": Lexical, "dense": Dense, "hybrid": Hybrid, "internal": Internal}
 
 
 def default_retriever(banks: Sequence[Searchable]) -> str:

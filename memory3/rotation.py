@@ -58,6 +58,14 @@ class CaughtRotations:
         queries, keys = _family_rotation(module)(query.float(), key.float(), cosine / square, -sine / square)
         return queries, keys
 
+    def undo_at(self, module: nn.Module, key: Tensor, positions: Tensor) -> Tensor:
+        """Keys `(H, K, D)` that were rotated to `positions` `(H, K)`, without rotation, in float32; as they are where nothing was caught."""
+        if module not in self.found:
+            return key.float()
+        cosine, sine = (t.float()[0][positions] for t in self.found[module])
+        square, alone = cosine.square() + sine.square(), key.float()[:, None]
+        return _family_rotation(module)(alone, alone, cosine / square, -sine / square)[1][:, 0]
+
     def rotate(self, module: nn.Module, key: Tensor, start: int) -> Tensor:
         """Unrotated keys `(N, H, T, D)` rotated to positions `start` and on, in float32; as they are where nothing was caught."""
         if module not in self.found:

@@ -297,13 +297,15 @@ def evaluate(
         str,
         typer.Argument(
             help="reading: each format; slots: the curve over tokens per head; selections: each at this budget; "
-            "context: writing in context beside plain writing; retrieval: is the right reference found."
+            "context: writing in context beside plain writing; heads: which of them find references; retrieval: is the right reference found."
         ),
     ],
     data: Annotated[Path, typer.Option(help="Folder with qa.parquet, for `retrieval` with passages.parquet too.")],
     model: Model = None,
     limit: Annotated[int, typer.Option(min=1, help="Questions.")] = 500,
-    out: Annotated[Path | None, typer.Option(help="Picture of the curve, for `slots`.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Picture of the curve, for `slots`; file of the chosen heads, for `heads`.")
+    ] = None,
     work: Annotated[Path, typer.Option(help="Where `retrieval` keeps its tables, to go on or to measure again.")] = Path(
         "runs/retrieval"
     ),
@@ -322,7 +324,12 @@ def evaluate(
             from memory3.evaluate.retrieval import measure_retrieval
 
             made = SentenceEmbedder(embedder or OFFLINE, device, dtype or "float32")
-            measure_retrieval(decoder, data, work, made, retriever, tell)
+            measure_retrieval(decoder, data, work, made, retriever, limit, tell)
+            return
+        if what == "heads":
+            from memory3.evaluate.heads import measure_heads
+
+            measure_heads(decoder, data, limit, out, seed, tell)
             return
         measure(decoder, data, what, limit, out, seed, tell)
 

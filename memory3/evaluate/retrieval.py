@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from memory3.decoder import Decoder
 from memory3.embedding import Embedder, VectorSpace
 from memory3.retrieval import RETRIEVERS, Retriever
 from memory3.scoring import interval
-from memory3.spec import Reference, SourceError, SpecError
+from memory3.spec import Memory, Reference, SourceError, SpecError
 from memory3.splitting import split
 from memory3.tables import VECTOR
 
@@ -23,6 +24,8 @@ DEPTH = 20
 TOGETHER = ("squad", "popqa", "simplequestions")
 """Datasets whose questions can be answered from one passage and name what they ask for."""
 COUNTED = "build.json"
+_SEARCHED = {"lexical": ("lexical",), "dense": ("dense",), "hybrid": ("lexical", "dense"), "internal": ("lexical",)}
+_MOST_HELD = 20_000
 _AT_ONCE = 1024
 _QUESTIONS_AT_ONCE = 64
 
@@ -96,11 +99,11 @@ def documents_and_questions(data: Path) -> tuple[dict[str, str], list[Question]]
             raise SourceError(f"found no {file}, expected the texts and questions: give their folder with --data")
     documents: dict[str, str] = {}
     for row in pq.read_table(data / "passages.parquet").to_pylist():
-        documents[row["key"]] = _document(row["title"], row["text"])
+        documents[row["key"]] = document_of(row["title"], row["text"])
     named = {text: name for name, text in documents.items()}
     questions = []
     for n, row in enumerate(pq.read_table(data / "qa.parquet").to_pylist()):
-        text = _document(row["title"], row["passage"])
+        text = document_of(row["title"], row["passage"])
         name = row["key"] if row["key"] in documents else named.get(text)
         if name is None:
             name = named[text] = f"qa/{n}"
@@ -111,7 +114,8 @@ def documents_and_questions(data: Path) -> tuple[dict[str, str], list[Question]]
     return documents, questions
 
 
-def _document(title: str | None, text: str) -> str:
+def document_of(title: str | None, text: str) -> str:
+    """A passage under its title, as Markdown."""
     heading = (title or "").replace("_", " ")
     return f"# {heading}\n\n{text}" if heading else text
 
@@ -127,7 +131,7 @@ def built(
     names = list(documents)
     for start in range(int(spent["done"]), len(names), _AT_ONCE):
         some = names[start : start + _AT_ONCE]
-        references = list(_references(documents, some, tokenizer, length))
+        references = list(references_of(documents, some, tokenizer, length))
         _add(catalogue, references, embedder, spent)
         spent["done"] = start + len(some)
         note.write_text(json.dumps(spent))
@@ -140,7 +144,8 @@ def built(
     return catalogue, spent
 
 
-def _references(documents: dict[str, str], names: Sequence[str], tokenizer: Any, length: int) -> Iterator[Reference]:
+def references_of(documents: dict[str, str], names: Sequence[str], tokenizer: Any, length: int) -> Iterator[Reference]:
+    """References of some documents, in order."""
     for name in names:
         for piece in split(documents[name], tokenizer, length=length):
             yield Reference(piece.text, name, piece.start, piece.end)
@@ -159,10 +164,12 @@ def _add(catalogue: Catalogue, references: Sequence[Reference], embedder: Embedd
 
 
 class Tables:
-    """The tables with an embedder, searched as a bank is."""
+    """The tables with an embedder and a decoder, searched as a bank is; memories are encoded when they are first read."""
 
-    def __init__(self, catalogue: Catalogue, embedder: Embedder) -> None:
-        self.catalogue, self.embedder, self.space = catalogue, embedder, catalogue.space
+    def __init__(self, catalogue: Catalogue, embedder: Embedder, decoder: Decoder) -> None:
+        self.catalogue, self.embedder, self.decoder, self.space = catalogue, embedder, decoder, catalogue.space
+        self.encoded: dict[str, Memory] = {}
+        self.seconds = 0.0
 
     def search(self, query: str, k: int) -> list[Hit]:
         """By the words."""
@@ -171,6 +178,20 @@ class Tables:
     def nearest(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """By the vectors."""
         return self.catalogue.nearest(self.embedder.embed(queries, query=True), k)
+
+    def read(self, ids: Sequence[str]) -> list[Memory]:
+        """Memories; a bank has them, so the time of encoding does not count as searching."""
+        began = time.perf_counter()
+        new = [id for id in ids if id not in self.encoded]
+        texts = {id: spans[0].text for id, spans in self.catalogue.references(new).items()}
+        for start in range(0, len(new), 64):
+            some = new[start : start + 64]
+            self.encoded.update(zip(some, self.decoder.encode([texts[id] for id in some]), strict=True))
+        found = [self.encoded[id] for id in ids]
+        if len(self.encoded) > _MOST_HELD:
+            self.encoded.clear()
+        self.seconds += time.perf_counter() - began
+        return found
 
 
 def ranks(
@@ -181,8 +202,10 @@ def ranks(
     for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
         some = questions[start : start + _QUESTIONS_AT_ONCE]
         began = time.perf_counter()
+        encoding = retriever.bank.seconds if isinstance(retriever.bank, Tables) else 0.0
         hits = retriever.search([question.text for question in some], DEPTH)
         seconds += time.perf_counter() - began
+        seconds -= retriever.bank.seconds - encoding if isinstance(retriever.bank, Tables) else 0.0
         for n, row in enumerate(hits, start):
             found.append(next((rank for rank, hit in enumerate(row, 1) if hit.id in right[n]), 0))
         if tell:
@@ -193,14 +216,17 @@ def ranks(
 def right_references(questions: Sequence[Question], documents: dict[str, str], tokenizer: Any, length: int) -> list[set[str]]:
     """For each question the ids of those references of its document that hold an answer."""
     return [
-        {r.id for r in _references(documents, [q.document], tokenizer, length) if q.is_answered_by(r.text)} for q in questions
+        {r.id for r in references_of(documents, [q.document], tokenizer, length) if q.is_answered_by(r.text)} for q in questions
     ]
 
 
 def measure_retrieval(
-    decoder: Decoder, data: Path, work: Path, embedder: Embedder, names: Sequence[str] | None, tell: Tell
+    decoder: Decoder, data: Path, work: Path, embedder: Embedder, names: Sequence[str] | None, limit: int, tell: Tell
 ) -> list[Found]:
-    """Print a Markdown table: a row per retriever and dataset, and one for the datasets of `TOGETHER`."""
+    """Print a Markdown table: a row per retriever and dataset, and one for the datasets of `TOGETHER`.
+
+    `internal` is asked `limit` questions of each dataset only: here the memories of its candidates are encoded on the way.
+    """
     unknown = set(names or ()) - set(RETRIEVERS)
     if unknown:
         raise SpecError(f"found retriever {min(unknown)!r}, expected one of {', '.join(RETRIEVERS)}")
@@ -217,16 +243,30 @@ def measure_retrieval(
     rows = []
     sizes = index_bytes(catalogue)
     for name in names or RETRIEVERS:
-        kinds = ("lexical", "dense") if name == "hybrid" else (name,)
+        kinds = _SEARCHED[name]
         size, build = sum(sizes[kind] for kind in kinds), sum(spent[kind] for kind in kinds)
-        warm = RETRIEVERS[name](Tables(catalogue, embedder))
+        warm = RETRIEVERS[name](Tables(catalogue, embedder, decoder))
         warm.search([question.text for question in questions[:8]], DEPTH)
-        of, seconds = ranks(warm, questions, right, tell)
-        for label, chosen in _groups(questions):
+        asked = _some_of(questions, limit) if name == "internal" else list(range(len(questions)))
+        some, wanted = [questions[n] for n in asked], [right[n] for n in asked]
+        of, seconds = ranks(warm, some, wanted, tell)
+        for label, chosen in _groups(some):
             part = tuple(rank for rank, there in zip(of, chosen, strict=True) if there)
             rows.append(Found(name, label, part, seconds * len(part) / len(of), build, size))
             print(rows[-1].row(), flush=True)
     return rows
+
+
+def _some_of(questions: Sequence[Question], limit: int) -> list[int]:
+    """Up to `limit` questions of each dataset, chosen by a fixed seed, in order."""
+    places = list(range(len(questions)))
+    random.Random(0).shuffle(places)
+    taken: dict[str, list[int]] = {}
+    for place in places:
+        some = taken.setdefault(questions[place].dataset, [])
+        if len(some) < limit:
+            some.append(place)
+    return sorted(place for some in taken.values() for place in some)
 
 
 def _groups(questions: Sequence[Question]) -> Iterator[tuple[str, list[bool]]]:

@@ -1,0 +1,123 @@
+"""Recall and ranks are counted by the definition, over references that hold the answer, and building goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fakes import FakeEmbedder, tokenizer
+
+from memory3.catalogue import Hit
+from memory3.evaluate import retrieval
+from memory3.evaluate.heads import measure_heads
+from memory3.evaluate.retrieval import Found, Question, built, documents_and_questions, measure_retrieval, ranks
+from memory3.loading import load
+from memory3.retrieval import Retriever
+from memory3.spec import SourceError, SpecError
+
+NAMES = ("Arden", "Borrow", "Cinder", "Dorrit", "Ember", "Fennel", "Garnet", "Hollow")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    passages = [
+        {"key": f"/{name}", "title": name, "text": f"{name} is a town with {40 + n} mills."} for n, name in enumerate(NAMES)
+    ]
+    pq.write_table(pa.Table.from_pylist(passages), folder / "passages.parquet")
+    rows: list[dict[str, Any]] = [
+        {
+            "dataset": ("squad", "popqa", "hybridqa", "boolq")[n % 4],
+            "split": "dev" if n < 4 else "train",
+            "question": f"How many mills has {name}?",
+            "answers": ["yes"] if n % 4 == 3 else [str(40 + n)],
+            "title": name,
+            "passage": f"{name} is a town with {40 + n} mills."
+            if n
+            else "Arden is a village of 40 people, with no mill at all.",
+            "key": None if n % 2 else f"/{name}",
+        }
+        for n, name in enumerate(NAMES)
+    ]
+    rows[0]["key"] = None
+    pq.write_table(pa.Table.from_pylist(rows), folder / "qa.parquet")
+    return folder
+
+
+def test_documents_are_all_passages_and_those_of_questions_that_are_not_among_them(data: Path) -> None:
+    documents, questions = documents_and_questions(data)
+    assert len(documents) == len(NAMES) + 1  # Arden's other passage
+    assert documents[questions[0].document].startswith("# Arden\n\nArden is a village")
+    assert questions[1].document == "/Borrow"
+    assert [q.dataset for q in questions] == ["squad", "popqa", "hybridqa", "boolq"]
+    assert questions[0].is_answered_by("with 40 mills") and not questions[0].is_answered_by("none")
+    assert questions[3].is_answered_by("anything of its passage")
+
+
+class Canned(Retriever):
+    def __init__(self, answers: dict[str, list[str]]) -> None:
+        self.bank: Any = None
+        self.answers = answers
+
+    def search(self, queries: Any, k: int) -> list[list[Hit]]:
+        return [[Hit(id, 0.0) for id in self.answers[query]][:k] for query in queries]
+
+
+def test_a_rank_is_that_of_the_first_right_reference() -> None:
+    questions = [Question("squad", text, ("x",), "d") for text in ("first", "third", "never")]
+    canned = Canned({"first": ["r"], "third": ["a", "b", "r", "r"], "never": ["a"] * 30})
+    found, _ = ranks(canned, questions, [{"r"}, {"r", "s"}, {"r"}])
+    assert found == [1, 3, 0]
+    row = Found("canned", "squad", tuple(found), 1.5, 0, 2**20)
+    assert (row.recall(1), row.recall(5)) == ([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])
+    assert (
+        "| 0.333 [" in row.row()
+        and "| 0.667 [" in row.row()
+        and "| 0.444 [" in row.row()
+        and row.row().endswith("| 2 | 1 | 0 |")
+    )
+
+
+def test_building_goes_on_where_it_stopped(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "_AT_ONCE", 3)
+    documents, _ = documents_and_questions(data)
+
+    def stop(done: int, total: int | None) -> None:
+        if done >= 6:
+            raise KeyboardInterrupt
+
+    embedder = FakeEmbedder()
+    with pytest.raises(KeyboardInterrupt):
+        built(documents, tokenizer(), 64, tmp_path, embedder, stop)
+    assert len([t for t in embedder.embedded if t.startswith("#")]) == 6
+    catalogue, spent = built(documents, tokenizer(), 64, tmp_path, embedder, lambda done, total: None)
+    assert len(catalogue) == len(documents) == len([t for t in embedder.embedded if t.startswith("#")])
+    assert spent["done"] == len(documents)
+
+
+def test_the_table_has_a_row_per_retriever_and_dataset(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with load() as decoder:
+        rows = measure_retrieval(decoder, data, tmp_path, FakeEmbedder(), None, 5, lambda done, total: None)
+        assert [(r.retriever, r.dataset) for r in rows] == [
+            (retriever, dataset)
+            for retriever in ("lexical", "dense", "hybrid", "internal")
+            for dataset in ("boolq", "hybridqa", "popqa", "squad", "squad + popqa + simplequestions")
+        ]
+        assert all(row.recall(5) == [1.0] * len(row.ranks) for row in rows if row.retriever == "lexical")
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[0].startswith("9 documents, 9 references") and len(printed) == 3 + len(rows)
+        with pytest.raises(SpecError, match="found retriever 'psychic'"):
+            measure_retrieval(decoder, data, tmp_path, FakeEmbedder(), ["psychic"], 5, lambda done, total: None)
+        with pytest.raises(SourceError, match="give their folder with --data"):
+            measure_retrieval(decoder, tmp_path, tmp_path, FakeEmbedder(), None, 5, lambda done, total: None)
+
+
+def test_heads_are_measured_on_train_questions(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with load() as decoder:
+        chosen = measure_heads(decoder, data, 50, tmp_path / "heads.json", 0, lambda done, total: None)
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| layer") for line in printed) == 32 and printed[-1].startswith("| words alone")
+    assert (tmp_path / "heads.json").read_text() == str([list(head) for head in chosen]) + "\n"
