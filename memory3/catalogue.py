@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ FOLDER = "index.lance"
 _TIES = 32
 KEPT_VERSIONS = timedelta(hours=1)
 _FILES_PER_QUERY = 128
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PROBED, REFINED = 32, 8
 """Parts of an approximate index that a search looks at, and how many candidates per hit it compares exactly."""
 
@@ -370,16 +372,19 @@ class Catalogue:
         return {name: (version, sources[name]) for name, version in sorted(memories.items()) if name in sources}
 
     def tag(self, name: str) -> Version:
-        """Name the present state, so that it is kept; `BankError` where the name is taken or is no name."""
+        """Name the present state, so that it is kept; `BankError` where the name is taken or is no name, or the disk refuses."""
+        if not _TAG.fullmatch(name) or name in self.tags():
+            taken = "is taken" if name in self.tags() else "is no name"
+            raise BankError(f"found the tag {name!r}, which {taken}, expected a new one of letters, digits, '.', '-' and '_'")
         version = self.version
-        for table, number in zip(self._tables, version, strict=True):
-            try:
-                table.dataset().tags.create(name, number)
-            except (OSError, RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise BankError(
-                    f"found the tag {name!r} ({reason}), expected a new name of letters, digits, '.', '-' and '_'"
-                ) from None
+        try:
+            for table, number in zip(self._tables, version, strict=True):
+                table.set_tag(name, number)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise BankError(
+                f"{self.folder} cannot be tagged ({reason}), expected a disk that is writable and has hard links"
+            ) from None
         return version
 
     def untag(self, name: str) -> None:

@@ -88,6 +88,13 @@ class Table:
         for some in batches(list(dict.fromkeys(ids))):
             yield from self.rows(among(column, some), columns)
 
+    def set_tag(self, name: str, version: int) -> None:
+        """Name a version; one of that name that a kill left half made is replaced."""
+        tags = self.dataset().tags
+        if name in tags.list():
+            tags.delete(name)
+        tags.create(name, version)
+
     def optimise(self, keep: timedelta, kept_by_all: timedelta) -> None:
         """Bring the indexes up to date, join small files, and drop versions older than `keep` that no tag names."""
         self.raw.optimize(cleanup_older_than=kept_by_all)
