@@ -203,12 +203,12 @@ class Bank(BankReader):
     def tag(self, name: str) -> str:
         """Keep the present state under a name; its version. `BankError` where the name is taken."""
         with self.exclusive():
-            return version_name(self._catalogue.tag(name))
+            return version_name(self._catalogue.states.tag(name))
 
     def untag(self, name: str) -> None:
         """Keep a state no longer; `BankError` where no state has the name."""
         with self.exclusive():
-            self._catalogue.untag(name)
+            self._catalogue.states.untag(name)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Be the only writer inside the block, across processes; may be nested. A deletion that a kill interrupted is

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from memory3.documents import is_part
 from memory3.embedding import VectorSpace
 from memory3.shards import Place
 from memory3.spec import BankError, Reference
+from memory3.states import States, Version
 from memory3.tables import (
     CONTEXT,
     VECTOR,
@@ -39,15 +39,11 @@ FOLDER = "index.lance"
 _TIES = 32
 KEPT_VERSIONS = timedelta(hours=1)
 _FILES_PER_QUERY = 128
-_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PROBED, REFINED = 32, 8
 """Parts of an approximate index that a search looks at, and how many candidates per hit it compares exactly."""
 
 Span = tuple[str, str, int, int]
 """A row of `sources`: id of the memory, source, first character, character behind the last."""
-
-Version = tuple[int, int]
-"""Versions of `memories` and `sources` that belong together."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +192,19 @@ class Catalogue:
         found = [self._memories.read(partial(_nearest, vector=vector, k=k + _TIES)).to_pylist() for vector in vectors]
         hits = [[Hit(row["id"], 1.0 - float(row["_distance"])) for row in rows] for rows in found]
         return [sorted(some, key=lambda hit: (-hit.score, hit.id))[:k] for some in hits]
+
+    def vectors(self) -> np.ndarray:
+        """All vectors `(N, E)` float16, in the order of `column_of_ids`; memories without one are left out."""
+        column = self._memories.column(VECTOR)[VECTOR].combine_chunks().drop_null()
+        found: np.ndarray = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+        return found
+
+    def column_of_ids(self) -> list[str]:
+        """Ids of memories that have a vector, in the order of the table."""
+        found: list[str] = self._memories.read(
+            lambda table: table.search().where(f"{VECTOR} IS NOT NULL").select(["id"]).to_arrow()["id"].to_pylist()
+        )
+        return found
 
     def without_vector(self, limit: int) -> list[tuple[str, str]]:
         """Ids and texts of memories that have no vector, at most `limit` of them."""
@@ -352,47 +361,10 @@ class Catalogue:
         """Changes whenever anything is committed to the tables."""
         return self._memories.version, self._sources.version
 
-    def versions(self) -> list[tuple[datetime, Version]]:
-        """The states that can still be looked at, oldest first: when each began, and the versions of the tables."""
-        commits = [
-            (row["timestamp"], n, int(row["version"]))
-            for n, table in enumerate((self._memories, self._sources))
-            for row in table.dataset().versions()
-        ]
-        found, now = [], [0, 0]
-        for made, n, version in sorted(commits):
-            now[n] = version
-            if all(now):
-                found.append((made, (now[0], now[1])))
-        return found
-
-    def tags(self) -> dict[str, Version]:
-        """Names of kept states."""
-        memories, sources = ({name: int(tag["version"]) for name, tag in t.dataset().tags.list().items()} for t in self._tables)
-        return {name: (version, sources[name]) for name, version in sorted(memories.items()) if name in sources}
-
-    def tag(self, name: str) -> Version:
-        """Name the present state, so that it is kept; `BankError` where the name is taken or is no name, or the disk refuses."""
-        if not _TAG.fullmatch(name) or name in self.tags():
-            taken = "is taken" if name in self.tags() else "is no name"
-            raise BankError(f"found the tag {name!r}, which {taken}, expected a new one of letters, digits, '.', '-' and '_'")
-        version = self.version
-        try:
-            for table, number in zip(self._tables, version, strict=True):
-                table.set_tag(name, number)
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise BankError(
-                f"{self.folder} cannot be tagged ({reason}), expected a disk that is writable and has hard links"
-            ) from None
-        return version
-
-    def untag(self, name: str) -> None:
-        """Let a state go; `BankError` where no state has the name."""
-        if name not in self.tags():
-            raise BankError(f"found no tag {name!r}, expected one of {', '.join(self.tags()) or 'none, for there is none'}")
-        for table in self._tables:
-            table.dataset().tags.delete(name)
+    @property
+    def states(self) -> States:
+        """Earlier states and their tags."""
+        return States(self.folder, self._tables)
 
     @property
     def _tables(self) -> tuple[Table, Table]:

@@ -10,11 +10,12 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from memory3.catalogue import Catalogue, Hit, Span, Version
+from memory3.catalogue import Catalogue, Hit, Span
 from memory3.embedding import Embedder, VectorSpace, embedder_named
 from memory3.manifest import FORMAT_VERSION, Manifest
 from memory3.shards import Place
 from memory3.spec import BankError, Memory, MemorySpec, Reference
+from memory3.states import Version
 from memory3.tables import check_id
 
 
@@ -235,11 +236,11 @@ class BankReader:
 
     def versions(self) -> list[tuple[datetime, str]]:
         """States that `at` can show, oldest first: when each began, and its name."""
-        return [(made, version_name(version)) for made, version in self._catalogue.versions()]
+        return [(made, version_name(version)) for made, version in self._catalogue.states.versions()]
 
     def tags(self) -> dict[str, str]:
         """Tagged states and their versions. A tag is kept until a deletion: that drops all of them."""
-        return {name: version_name(version) for name, version in self._catalogue.tags().items()}
+        return {name: version_name(version) for name, version in self._catalogue.states.tags().items()}
 
     def _read(self, id: str, place: Place) -> Memory:
         """One memory; looked up again where a writer moved or erased the record since."""
@@ -260,8 +261,8 @@ class BankReader:
 
     def _version_named(self, at: str) -> Version:
         """The versions that a tag or a name of a version stands for."""
-        kept = {version_name(version): version for _, version in self._catalogue.versions()}
-        found = self._catalogue.tags().get(at, kept.get(at))
+        kept = {version_name(version): version for _, version in self._catalogue.states.versions()}
+        found = self._catalogue.states.tags().get(at, kept.get(at))
         if found is None:
             raise BankError(
                 f"{self.address} has no state {at!r}, expected a tag or a version that memory3 bank versions {self.address} lists: a state "

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import FakeEmbedder, tokenizer
 
+from memory3 import tables
 from memory3.catalogue import Hit
-from memory3.evaluate import retrieval
+from memory3.evaluate import ann, retrieval
 from memory3.evaluate.heads import measure_heads
 from memory3.evaluate.retrieval import Found, Question, built, documents_and_questions, measure_retrieval, ranks
 from memory3.loading import load
@@ -121,3 +123,32 @@ def test_heads_are_measured_on_train_questions(data: Path, tmp_path: Path, capsy
     printed = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| layer") for line in printed) == 32 and printed[-1].startswith("| words alone")
     assert (tmp_path / "heads.json").read_text() == str([list(head) for head in chosen]) + "\n"
+
+
+def test_exact_search_is_the_whole_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ann, "_AT_ONCE", 30)
+    random = np.random.default_rng(0)
+    vectors, asked = random.standard_normal((100, 8)).astype(np.float16), random.standard_normal((5, 8)).astype(np.float32)
+    order = np.argsort(-(asked @ vectors.astype(np.float32).T), axis=1)[:, :20]
+    assert [set(row) for row in ann._exact(vectors, asked, 20)] == [set(row) for row in order]
+
+
+def test_synthetic_vectors_begin_with_the_real_ones_and_the_rest_are_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ann, "_AT_ONCE", 30)
+    real = FakeEmbedder().embed([f"word {n}" for n in range(40)])
+    made = np.concatenate([vectors for _, vectors in ann._batches(real, 70, 0)])
+    assert made.shape == (70, 64) and (made[:30] == real[:30]).all()
+    np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
+
+
+def test_the_approximate_index_is_measured_against_exact_search(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables, "FEWEST_FOR_ANN", 256)
+    documents, _ = documents_and_questions(data)
+    built(documents, tokenizer(), 64, tmp_path, FakeEmbedder(), lambda done, total: None)
+    ann.measure_ann(data, tmp_path, FakeEmbedder(), 600, 0, lambda done, total: None)
+    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert row[0] == "| 600" and row[1] == "4" and float(row[2].split()[0]) > 0.5 and int(row[5]) >= 0
+    with pytest.raises(SourceError, match="run it first"):
+        ann.measure_ann(data, tmp_path / "ann-600" / "none", FakeEmbedder(), 600, 0, lambda done, total: None)

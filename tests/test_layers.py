@@ -13,7 +13,8 @@ PACKAGE = Path(memory3.__file__).parent
 ROWS = [
     ["spec"],
     ["attention", "rotation", "identity", "selection", "codec", "documents", "shards", "embedding", "tables", "context"],
-    ["family", "catalogue", "manifest", "splitting"],
+    ["family", "states", "manifest", "splitting"],
+    ["catalogue"],
     ["journal", "guard", "reader", "encoding"],
     ["decoder", "bank"],
     ["writing", "loading", "sampling", "verifying", "archive", "remote", "internal"],
@@ -24,7 +25,7 @@ ROWS = [
     ["train.tokenizer", "train.loop", "train.initialise", "train.questions"],
     ["train.passages"],
     ["train.reading", "train.sequences", "evaluate.reading", "evaluate.retrieval"],
-    ["train.recipe", "evaluate.picture", "evaluate.heads"],
+    ["train.recipe", "evaluate.picture", "evaluate.heads", "evaluate.ann"],
     ["train.stages", "evaluate.demo"],
     ["cli.common"],
     ["cli.commands", "cli.bank"],

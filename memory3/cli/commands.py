@@ -297,7 +297,8 @@ def evaluate(
         str,
         typer.Argument(
             help="reading: each format; slots: the curve over tokens per head; selections: each at this budget; "
-            "context: writing in context beside plain writing; heads: which of them find references; retrieval: is the right reference found."
+            "context: writing in context beside plain writing; heads: which of them find references; retrieval: is the right reference found; ann: the "
+            "approximate index at --limit vectors."
         ),
     ],
     data: Annotated[Path, typer.Option(help="Folder with qa.parquet, for `retrieval` with passages.parquet too.")],
@@ -325,6 +326,12 @@ def evaluate(
 
             made = SentenceEmbedder(embedder or OFFLINE, device, dtype or "float32")
             measure_retrieval(decoder, data, work, made, retriever, limit, tell)
+            return
+        if what == "ann":
+            from memory3.embedding import OFFLINE, SentenceEmbedder
+            from memory3.evaluate.ann import measure_ann
+
+            measure_ann(data, work, SentenceEmbedder(embedder or OFFLINE, device, dtype or "float32"), limit, seed, tell)
             return
         if what == "heads":
             from memory3.evaluate.heads import measure_heads
