@@ -12,7 +12,7 @@ import lance
 import numpy as np
 import pytest
 import torch
-from fakes import FakeDecoder
+from fakes import FakeDecoder, FakeEmbedder
 from test_bank import filled
 
 from memory3.bank import Bank
@@ -70,4 +70,17 @@ def test_banks_of_every_format_version_stay_readable(tmp_path: Path, version: in
     with Bank(tmp_path / "bank", FakeDecoder()) as bank:
         assert {spans[0].text for spans in bank.references(bank.ids()).values()} == set(TEXTS)
         assert bank.search("melts", 1)[0].id == bank.search("salt", 1)[0].id
+        assert verify(bank).problems == []
+
+
+def test_a_bank_with_vectors_and_contexts_stays_readable(tmp_path: Path) -> None:
+    """The same texts as one document, `write(…, context=True)` into a bank with `FakeEmbedder()`."""
+    shutil.copytree(GOLDEN / "bank-v1-columns", tmp_path / "bank")
+    check(tmp_path / "bank")
+    embedder = FakeEmbedder()
+    with Bank(tmp_path / "bank", FakeDecoder(), embedder=embedder) as bank:
+        for text in TEXTS:
+            [[hit]] = bank.nearest([text], 1)
+            assert bank.references([hit.id])[hit.id][0].text == text and hit.score == pytest.approx(1, abs=2e-3)
+        assert len(bank.in_context()) == 2
         assert verify(bank).problems == []
