@@ -23,16 +23,22 @@ from memory3.spec import BankError
 LISTING = "checksums.json"
 MOST_LISTING_BYTES = 64 * 2**20
 _BLOCK = 2**20
-_OURS = re.compile(rf"{re.escape(MANIFEST)}|shards/\d{{5}}\.kv|index\.lance/[\w.\-/]+")
+_LANCE = "data|_versions|_indices|_transactions|_deletions|_refs"
+_OURS = re.compile(rf"{re.escape(MANIFEST)}|shards/\d{{5}}\.kv|index\.lance/(memories|sources)\.lance/({_LANCE})/[\w.\-/]+")
 OnProgress = Callable[[int, int | None], None]
 Listing = dict[str, tuple[int, str]]
 """Files of a bank: their sizes, and their BLAKE2b checksums of 32 bytes."""
 
 
+def is_ours(name: str) -> bool:
+    """Whether a file of this name belongs to a bank."""
+    return bool(_OURS.fullmatch(name)) and ".." not in PurePosixPath(name).parts
+
+
 def files_of(bank: Bank) -> dict[str, Path]:
     """What a bank is made of, by name inside its folder; take it under the bank's lock."""
     names = {p.relative_to(bank.path).as_posix(): p for p in sorted(bank.path.rglob("*")) if p.is_file()}
-    return {name: path for name, path in names.items() if _OURS.fullmatch(name)}
+    return {name: path for name, path in names.items() if is_ours(name)}
 
 
 def listing_of(files: dict[str, Path]) -> Listing:
@@ -159,7 +165,7 @@ def checked_listing(data: bytes, where: str) -> Listing:
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BankError(f"{LISTING} in {where} is ill-formed ({error}): copy the bank again") from None
     for name in found:
-        if not _OURS.fullmatch(name) or ".." in PurePosixPath(name).parts:
+        if not is_ours(name):
             raise BankError(f"{where} lists {name!r}, expected the names of a bank's files only: do not trust it")
     return found
 

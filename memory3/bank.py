@@ -58,6 +58,10 @@ class Bank(BankReader):
         embedder: Embedder | None = None,
         at: str | None = None,
     ) -> None:
+        if "://" in str(path):
+            raise BankError(
+                f"{path} is an address on object storage, expected a folder: write the bank here, then memory3 bank push BANK {path}"
+            )
         self.path = Path(path)
         self.at: str | None = None
         self._guard = Guard(self.path, self._finish_deletion)
@@ -186,10 +190,11 @@ class Bank(BankReader):
         """
         with self.exclusive():
             made, total = 0, len(self)
-            space = None if embedder is None else VectorSpace.of(embedder)
-            if self.space is not None and (embedder is None or not self.space.same_as(space)):
+            space, there = None if embedder is None else VectorSpace.of(embedder), self.space
+            if there is not None and not there.same_as(space):
                 self._catalogue.make_space(None)
-            if embedder is not None and self.space is None:
+                there = None
+            if space is not None and there is None:
                 self._catalogue.make_space(space)
             self._embedder = embedder
             while embedder is not None and (some := self._catalogue.without_vector(batch_size)):

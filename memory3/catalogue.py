@@ -73,7 +73,6 @@ class Catalogue:
         folder: a path, or an address as LanceDB takes it.
         create: make the tables where there are none.
         space: which vectors new tables hold; none by default.
-        options: storage options of Lance, for object stores.
 
     Raises:
         BankError: the tables are missing or cannot be opened.
@@ -85,38 +84,36 @@ class Catalogue:
         *,
         create: bool = False,
         space: VectorSpace | None = None,
-        options: dict[str, str] | None = None,
     ) -> None:
         import lancedb
 
         self.folder = str(folder)
         try:
-            database = lancedb.connect(self.folder, read_consistency_interval=timedelta(0), storage_options=options)
+            database = lancedb.connect(self.folder, read_consistency_interval=timedelta(0))
             if create:
                 create_tables(database, None if space is None else space.field(VECTOR))
-            self._memories = Table(database, self.folder, "memories", options=options)
-            self._sources = Table(database, self.folder, "sources", options=options)
+            self._memories = Table(database, self.folder, "memories")
+            self._sources = Table(database, self.folder, "sources")
             self._newest = self._memories
-            self._database, self._options = database, options
+            self._database = database
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise BankError(f"{folder} cannot be opened ({reason}): restore it from a copy, or write a new bank") from error
-        self.space = self._space()
 
     def at(self, version: Version) -> Catalogue:
         """An earlier state; records are found where the newest one says they lie."""
         earlier = copy(self)
         earlier._memories, earlier._sources = (
-            Table(self._database, self.folder, table.name, at, self._options)
-            for table, at in zip(self._tables, version, strict=True)
+            Table(self._database, self.folder, table.name, at) for table, at in zip(self._tables, version, strict=True)
         )
-        earlier.space = earlier._space()
         return earlier
 
     def _has(self, column: str) -> bool:
         return column in self._memories.schema.names
 
-    def _space(self) -> VectorSpace | None:
+    @property
+    def space(self) -> VectorSpace | None:
+        """Which vectors the table holds now, whoever changed that; `None` where it holds none."""
         return VectorSpace.from_field(self._memories.schema.field(VECTOR)) if self._has(VECTOR) else None
 
     def __len__(self) -> int:
@@ -206,6 +203,11 @@ class Catalogue:
         )
         return found
 
+    def vectors_missing(self) -> int:
+        """Memories that have no vector, in a bank that has vectors."""
+        found = self._memories.read(lambda table: table.count_rows(f"{VECTOR} IS NULL")) if self._has(VECTOR) else 0
+        return int(found)
+
     def without_vector(self, limit: int) -> list[tuple[str, str]]:
         """Ids and texts of memories that have no vector, at most `limit` of them."""
         rows = self._memories.read(
@@ -220,14 +222,14 @@ class Catalogue:
                 self._memories.raw.drop_columns([VECTOR])
             if space is not None:
                 self._memories.raw.add_columns(space.field(VECTOR))
-        self.space = space
 
     def fill_vectors(self, ids: Sequence[str], vectors: np.ndarray) -> None:
         """Store vectors `(N, E)` of some memories, in one commit."""
         import pyarrow as pa
 
-        assert self.space is not None
-        schema = pa.schema([memories_schema().field("id"), self.space.field(VECTOR)])
+        space = self.space
+        assert space is not None
+        schema = pa.schema([memories_schema().field("id"), space.field(VECTOR)])
         with writing(self.folder):
             self._memories.raw.merge_insert("id").when_matched_update_all().execute(
                 pa.Table.from_arrays([pa.array(ids, pa.string()), _halves(vectors)], schema=schema)
@@ -251,10 +253,11 @@ class Catalogue:
             for e in entries
         ]
         table = pa.Table.from_pylist(rows, schema=memories_schema())
-        if self.space is not None and rows:
+        space = self.space
+        if space is not None and rows:
             vectors = [e.vector for e in entries if e.vector is not None]
             assert len(vectors) == len(rows), "a vector for each memory, or for none"
-            table = table.append_column(self.space.field(VECTOR), _halves(np.stack(vectors)))
+            table = table.append_column(space.field(VECTOR), _halves(np.stack(vectors)))
         with writing(self.folder):
             contexts = [e.reference.context or None for e in entries]
             if any(contexts) and not self._has(CONTEXT):
@@ -382,8 +385,9 @@ class Catalogue:
     def optimise(self, keep: timedelta = KEPT_VERSIONS) -> None:
         """Bring the indexes up to date, join small files, and drop versions of the tables older than `keep`, but for tagged ones."""
         with writing(self.folder):
+            self.states.tidy()
             for table in self._tables:
-                table.optimise(keep, KEPT_VERSIONS)
+                table.optimise(keep)
 
     def purge(self) -> None:
         """Take deleted rows out of every file: data is rewritten without them, indexes are made anew, and all older versions

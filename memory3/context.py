@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from memory3.spec import Memory, Reference
 
-GAP_TOKENS = 2
-"""Allowed for a blank line between two references; no tokenizer we know needs more."""
+GAP = "\n\n"
+"""What stands between two references of one sequence."""
 
 
 class ContextWriter(Protocol):
@@ -52,7 +52,7 @@ class Stretch:
 def stretches(references: Iterable[Reference], writer: ContextWriter) -> Iterator[Stretch]:
     """Cut the references of each document into stretches that fit the model's window.
 
-    References of a document must follow each other. A document that does not fit begins its next stretch with the references that
+    References of a document must follow each other; one document is held at a time. A document that does not fit begins its next stretch with the references that
     filled the last quarter of the window, so that all but the first of a document see at least something before them.
     """
     for _, document in groupby(references, key=lambda reference: reference.source):
@@ -61,7 +61,8 @@ def stretches(references: Iterable[Reference], writer: ContextWriter) -> Iterato
 
 def _of_document(references: Sequence[Reference], writer: ContextWriter) -> Iterator[Stretch]:
     texts = [reference.text for reference in references]
-    sizes = [len(ids) + GAP_TOKENS for ids in writer.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    gap, *rows = writer.tokenizer([GAP, *texts], add_special_tokens=False)["input_ids"]
+    sizes = [len(row) + len(gap) for row in rows]
     start = known = 0
     while start + known < len(references):
         end = _filled(sizes, start, writer.window)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memory3.attention import KEYWORD, ORIGINALS, MemoryStack, Reading, Trace, registered_name
+from memory3.context import GAP
 from memory3.encoding import Writing, WritingInContext
 from memory3.family import SPEC_FILE, Geometry, checked_family, probed, run_until_stop, trained_spec
 from memory3.identity import tokenizer_fingerprint, weights_fingerprint, weights_state
@@ -21,9 +22,7 @@ from memory3.rotation import CaughtRotations, checked_limit, frequencies, positi
 from memory3.selection import selection
 from memory3.spec import REFERENCE_PREFIX, Memory, MemorySpec, SpecError, UnsupportedModel
 
-GAP = "\n\n"
-"""What stands between two references of one sequence."""
-_DEFAULT_WINDOW = 2048
+_DEFAULT_WINDOW, _LARGEST_WINDOW = 2048, 8192
 
 
 @dataclass(frozen=True)
@@ -204,9 +203,9 @@ class Decoder:
 
     @property
     def window(self) -> int:
-        """Most tokens of one sequence behind the reference BOS."""
+        """Most tokens of one sequence behind the reference BOS: what the model takes, and at most 8,192 for the sake of memory."""
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_WINDOW
-        return min(int(most), self._limit or int(most)) - len(self.prefix_ids)
+        return min(int(most), self._limit or int(most), _LARGEST_WINDOW) - len(self.prefix_ids)
 
     @torch.no_grad()
     def encode_in_context(self, texts: Sequence[str]) -> list[Memory]:

@@ -119,7 +119,7 @@ class SentenceEmbedder:
                 trust_remote_code=False,
                 model_kwargs={"use_safetensors": True, "dtype": self.dtype},
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:  # a device, a folder of something else
             reason = str(error).strip().splitlines()[0]
             raise BankError(
                 f"found no embedder {self.name!r} ({reason}), expected {OFFLINE}, a folder of a sentence-transformers model, or a hub name"

@@ -105,20 +105,19 @@ def probed(model: Any, tokenizer: Any, num_layers: int, last_layer: int) -> Geom
     return Geometry(num_layers, heads, dim, found)
 
 
-def trained_spec(model: Any) -> MemorySpec | None:
-    """The spec in `memory_spec.json` of the model's folder or hub repository; `None` where there is none."""
+def file_beside(model: Any, file: str) -> Path | None:
+    """A file in the model's folder or, of what this machine has of it, in its hub repository; `None` where there is none."""
     from transformers.utils import cached_file
 
     name = str(getattr(model.config, "name_or_path", "") or "")
     if not name:
         return None
-    folder = Path(name)
-    found = folder / SPEC_FILE if folder.is_dir() else None
+    found = Path(name, file) if Path(name).is_dir() else None
     if found is None:
         try:
             cached = cached_file(
                 name,
-                SPEC_FILE,
+                file,
                 local_files_only=True,
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
@@ -127,7 +126,13 @@ def trained_spec(model: Any) -> MemorySpec | None:
         except (OSError, ValueError):  # a folder that is gone, or no hub name at all
             return None
         found = Path(cached) if cached else None
-    if found is None or not found.is_file():
+    return found if found is not None and found.is_file() else None
+
+
+def trained_spec(model: Any) -> MemorySpec | None:
+    """The spec in `memory_spec.json` of the model's folder or hub repository; `None` where there is none."""
+    found = file_beside(model, SPEC_FILE)
+    if found is None:
         return None
     try:
         fields = json.loads(found.read_text("utf-8"))

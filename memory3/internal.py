@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from memory3.attention import Attended, Original, States
 from memory3.decoder import Decoder
-from memory3.family import Stop, run_until_stop
+from memory3.family import Stop, file_beside, run_until_stop
 from memory3.rotation import CaughtRotations
 from memory3.spec import Memory, SpecError
 
@@ -153,8 +152,8 @@ def _stacked(memories: Sequence[Memory], device: torch.device) -> tuple[Tensor, 
 
 def _heads_of(decoder: Decoder) -> list[tuple[int, int]]:
     """The heads that the model's own file names; none where there is no such file."""
-    file = Path(str(decoder.model.config.name_or_path or ""), HEADS_FILE)
-    if not file.is_file():
+    file = file_beside(decoder.model, HEADS_FILE)
+    if file is None:
         return []
     try:
         return [(int(layer), int(head)) for layer, head in json.loads(file.read_text("utf-8"))]

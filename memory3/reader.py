@@ -93,6 +93,7 @@ class BankReader:
     ) -> None:
         self.address, self.decoder, self.manifest, self.at = address, decoder, manifest, at
         self._catalogue, self._records, self._embedder = catalogue, records, embedder
+        self._fits: VectorSpace | None = None
         if decoder is not None:
             manifest.check(address, decoder.identity())
         if at is not None:
@@ -188,22 +189,29 @@ class BankReader:
         return self._catalogue.space
 
     @property
+    def vectors_missing(self) -> int:
+        """Memories that a search by meaning does not find, for their vectors were never made."""
+        return self._catalogue.vectors_missing()
+
+    @property
     def embedder(self) -> Embedder:
         """What made the bank's vectors, loaded when it is first asked for; `BankError` where it has none."""
-        if self.space is None:
+        space = self.space
+        if space is None:
             raise BankError(
                 f"{self.address} has no vectors, expected some to search by meaning: make them with memory3 bank embed {self.address}"
             )
-        if self._embedder is None:
-            named = embedder_named(self.space.embedder)
-            self.space.check(self.address, named)
-            self._embedder = named
+        if self._embedder is None or self._fits != space:
+            if self._embedder is None or self._embedder.name != space.embedder:
+                self._embedder = embedder_named(space.embedder)
+            space.check(self.address, self._embedder)
+            self._fits = space
         return self._embedder
 
     def stats(self) -> dict[str, Any]:
         """Counts and sizes, as plain JSON values; sizes in bytes."""
         spec = MemorySpec.from_json(self.manifest.identity["spec"])
-        count, total = len(self), self.total_bytes()
+        count, total, space = len(self), self.total_bytes(), self.space
         return {
             "path": self.address,
             "references": count,
@@ -217,7 +225,8 @@ class BankReader:
             "heads": [list(row) for row in spec.heads or ()],
             "tokens_per_head": spec.tokens_per_head,
             "codec": self.manifest.codec.name,
-            "embedder": None if self.space is None else self.space.embedder,
+            "embedder": None if space is None else space.embedder,
+            "vectors_missing": self.vectors_missing,
             "created": self.manifest.created,
             "created_by": self.manifest.created_by,
             "format_version": FORMAT_VERSION,
@@ -271,11 +280,13 @@ class BankReader:
         return found
 
     def _check_embedder(self, embedder: Embedder) -> None:
-        if self.space is None:
+        space = self.space
+        if space is None:
             raise BankError(
                 f"{self.address} has no vectors, expected some of {embedder.name}: make them with memory3 bank embed {self.address}"
             )
-        self.space.check(self.address, embedder)
+        space.check(self.address, embedder)
+        self._fits = space
 
     def _refuse_unknown(self, ids: Iterable[str]) -> None:
         unknown = [check_id(id) for id in ids]

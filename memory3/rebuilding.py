@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from memory3.bank import Bank
@@ -39,7 +40,8 @@ def rebuild(
     new bank has the raw codec in the dtype of the model, and vectors of the same embedder.
 
     Raises:
-        BankError: no bank, a bank that another process writes, or a full disk.
+        BankError: no bank, a bank that another process writes, an embedder that cannot be loaded (`memory3 bank embed BANK
+            --embedder none` lets the vectors go), or a full disk.
     """
     path = path.resolve()
     fresh, old = path.with_name(f".{path.name}.memory3-rebuilding"), replaced_bank(path)
@@ -48,7 +50,9 @@ def rebuild(
     bank = Bank(path)
     with bank.exclusive():
         names: dict[str, list[str]] = {}
-        with Bank(fresh, decoder, create=True, embedder=None if bank.space is None else bank.embedder) as target:
+        embedder = None if bank.space is None else bank.embedder
+        with Bank(fresh, decoder, create=True, embedder=None if fresh.exists() else embedder) as target:
+            target.embed(embedder)  # where an interrupted rebuild began with other vectors
             report = write(decoder, _again(bank, decoder, names), target, batch_size=batch_size, on_progress=on_progress)
             contextual = _again_in_context(bank, decoder, names)
             if contextual:
@@ -97,9 +101,18 @@ def _again(bank: Bank, decoder: MemoryWriter, names: dict[str, list[str]]) -> It
 
 
 def _read_whole(bank: Bank) -> list[str]:
-    """Documents that were written in context: their first memories saw nothing before them, and look as if they were alone."""
+    """Documents that are written in context again: those that were, and whose references are one cut of one text.
+
+    The first memory of such a document saw nothing before it, and looks as if it was alone. Where an earlier state of a document is
+    still there too, which reference saw which is unknown, and all of them are encoded alone.
+    """
     seen = set(bank.in_context())
-    return list(dict.fromkeys(source for memory, source in bank.spans() if memory in seen))
+    sources = list(dict.fromkeys(source for memory, source in bank.spans() if memory in seen))
+    wanted, cuts = set(sources), dict[str, list[tuple[int, int]]]()
+    for _, source, start, end in bank.spans_of(sources):
+        if source in wanted:
+            cuts.setdefault(source, []).append((start, end))
+    return [s for s in sources if all(a[1] <= b[0] for a, b in pairwise(sorted(cuts[s])))]
 
 
 def _again_in_context(bank: Bank, decoder: MemoryWriter, names: dict[str, list[str]]) -> list[Reference]:
@@ -107,19 +120,15 @@ def _again_in_context(bank: Bank, decoder: MemoryWriter, names: dict[str, list[s
     whole = _read_whole(bank)
     spans = [span for span in bank.spans_of(whole) if span[1] in set(whole)]
     texts = bank.references(span[0] for span in spans)
-    olds: dict[tuple[str, int, int], list[str]] = {}
-    for id, source, start, end in spans:
-        olds.setdefault((source, start, end), []).append(id)
-    pieces = {
-        place: _split_again(replace(texts[ids[0]][0], source=place[0], start=place[1], end=place[2]), decoder)
-        for place, ids in olds.items()
-    }
-    ordered = in_order(piece for some in pieces.values() for piece in some)
+    pieces = [
+        (id, _split_again(replace(texts[id][0], source=source, start=start, end=end), decoder))
+        for id, source, start, end in spans
+    ]
+    ordered = in_order(piece for _, some in pieces for piece in some)
     now = {(r.source, r.start, r.end): r.id for stretch in stretches(ordered, decoder) for r in stretch.new}
-    for place, ids in olds.items():
-        for id in ids:
-            made = names.setdefault(id, [])
-            made += [new for p in pieces[place] if (new := now[p.source, p.start, p.end]) not in made]
+    for id, some in pieces:
+        made = names.setdefault(id, [])
+        made += [new for p in some if (new := now[p.source, p.start, p.end]) not in made]
     return ordered
 
 

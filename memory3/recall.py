@@ -126,7 +126,7 @@ class Recall:
         self.min_score, self.max_overlap = min_score, max_overlap
         self.cache = MemoryCache(cache_bytes)
         self.fixed = None if references is None else list(references)
-        self.retriever = retriever or default_retriever(self.banks)
+        self.retriever = retriever or ("lexical" if self.fixed is not None else default_retriever(self.banks))
         self._retrievers: list[Retriever] = [RETRIEVERS[self.retriever](bank) for bank in self.banks]
         self._versions = [bank.version for bank in self.banks]
         self.check(decoder)

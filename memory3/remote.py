@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ def store_of(address: str) -> Any:
     except ImportError:
         raise BankError(f"{address} needs obstore, which is not installed: pip install 'memory3[remote]'") from None
     try:
-        return from_url(address)
+        return from_url(address, retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=20)})
     except Exception as error:  # obstore's own classes differ between versions
         raise BankError(f"{address} cannot be opened ({_reason(error)}), expected s3://BUCKET/PATH or the like") from None
 
@@ -79,7 +81,7 @@ def _reason(error: BaseException) -> str:
 
 
 class RecordCache:
-    """Records on the local disk, the least recently used leave first.
+    """Records on the local disk, the least recently used leave first. Without a disk that takes them nothing is held.
 
     Args:
         folder: where they lie; several processes may share it.
@@ -88,7 +90,8 @@ class RecordCache:
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
-        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
         self.nbytes = sum(size for _, size, _ in self._held())
 
     def get(self, key: str) -> bytes | None:
@@ -102,7 +105,7 @@ class RecordCache:
         return data
 
     def put(self, key: str, data: bytes) -> None:
-        """Hold a record; a full disk is no error, then nothing is held."""
+        """Hold a record; a full disk is no error."""
         if len(data) > self.limit_bytes:
             return
         file, fresh = self.folder / key, self.folder / f"{key}.{os.getpid()}.new"
@@ -110,24 +113,27 @@ class RecordCache:
             fresh.write_bytes(data)
             fresh.replace(file)
         except OSError:
-            fresh.unlink(missing_ok=True)
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
             return
         self.nbytes += len(data)
         if self.nbytes > self.limit_bytes:
             self._sweep()
 
-    def drop(self, key: str) -> None:
-        """Forget a record."""
-        (self.folder / key).unlink(missing_ok=True)
+    def drop(self, gone: Callable[[str], bool]) -> None:
+        """Forget the records whose keys are `gone`."""
+        for _, _, file in self._held():
+            if gone(file.name):
+                with suppress(OSError):
+                    file.unlink()
 
     def _held(self) -> list[tuple[float, int, Path]]:
         found = []
-        for file in self.folder.iterdir():
-            try:
-                status = file.stat()
-            except OSError:  # another process let it go
-                continue
-            found.append((status.st_mtime, status.st_size, file))
+        with suppress(OSError):
+            for file in self.folder.iterdir():
+                with suppress(OSError):  # another process let it go
+                    status = file.stat()
+                    found.append((status.st_mtime, status.st_size, file))
         return sorted(found)
 
     def _sweep(self) -> None:
@@ -137,7 +143,8 @@ class RecordCache:
         for n, (_, size, file) in enumerate(held):
             if self.nbytes <= self.limit_bytes and n >= min(_FEWEST_SWEPT, len(held) // 4):
                 break
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink()
             self.nbytes -= size
 
 
@@ -154,8 +161,8 @@ class RemoteRecords:
     def __init__(self, address: str, store: Any, record_bytes: int, cache: RecordCache) -> None:
         self.address, self.record_bytes, self.cache = address, record_bytes, cache
         self._store = store
-        self._shards = self._listed()
         self.bytes_fetched = 0
+        self.refresh()
 
     def fetch(self, places: Iterable[Place]) -> None:
         """Bring records into the cache, those of one shard in one request as far as they lie together."""
@@ -183,9 +190,16 @@ class RemoteRecords:
 
     def forget(self, place: Place) -> None:
         """Do not trust what was read from there, nor what the shards were."""
-        self.cache.drop(self._key(place))
+        self.refresh()
+        wrong = self._key(place)
+        self.cache.drop(lambda key: key == wrong)
+
+    def refresh(self) -> None:
+        """Look at the shards again, and forget records of those that changed: erased ones are among them."""
         self._shards = self._listed()
-        self.cache.drop(self._key(place))
+        front = self._front()
+        now = tuple(self._key((shard, 0)).rpartition("-")[0] + "-" for shard in self._shards)
+        self.cache.drop(lambda key: key.startswith(front) and not key.startswith(now))
 
     def describe(self, place: Place) -> str:
         """The place in words, for errors."""
@@ -213,7 +227,7 @@ class RemoteRecords:
     def _check(self, place: Place) -> None:
         end = (place[1] + 1) * self.record_bytes
         if end > self._shards.get(place[0], (0, ""))[0]:  # pushed since the last look
-            self._shards = self._listed()
+            self.refresh()
         size = self._shards.get(place[0], (0, ""))[0]
         if end > size:
             raise BankError(
@@ -231,9 +245,13 @@ class RemoteRecords:
         names = [(str(o["path"]).rpartition("/")[2], o) for o in found]
         return {int(n[:5]): (int(o["size"]), str(o["e_tag"])) for n, o in names if n.endswith(".kv") and n[:5].isdigit()}
 
+    def _front(self) -> str:
+        return f"{hashlib.blake2b(self.address.encode(), digest_size=12).hexdigest()}-"
+
     def _key(self, place: Place) -> str:
+        """Bank, shard with its tag, and slot: a shard of another content has other keys."""
         tag = self._shards.get(place[0], (0, ""))[1]
-        return hashlib.blake2b(f"{self.address} {tag} {place}".encode(), digest_size=20).hexdigest()
+        return f"{self._front()}{place[0]:05d}.{hashlib.blake2b(tag.encode(), digest_size=8).hexdigest()}-{place[1]}"
 
 
 def _name(shard: int) -> str:
@@ -273,17 +291,29 @@ class RemoteBank(BankReader):
         cache = RecordCache(cache_folder or home / "records", cache_bytes)
         self.records = RemoteRecords(address, self._store, manifest.record_bytes, cache)
         super().__init__(address, decoder, manifest, Catalogue(f"{address}/{FOLDER}"), self.records, embedder, at)
+        self._seen = self.version
 
     def read(self, ids: Sequence[str]) -> list[Memory]:
-        """Memories `(P, K, D)`, as `BankReader.read`; what is not in the cache comes in few requests."""
-        self.records.fetch(self._catalogue.locate(ids).values())
+        """Memories `(P, K, D)`, as `BankReader.read`; what is not in the cache comes in few requests.
+
+        After a push, records of changed shards leave the cache first.
+        """
+        version = self.version
+        if version != self._seen:
+            self.records.refresh()
+            self._seen = version
+        with suppress(BankError):  # a push in between: each record is looked up again below
+            self.records.fetch(self._catalogue.locate(ids).values())
         return super().read(ids)
 
     def total_bytes(self) -> int:
         """Bytes of all objects under the address."""
         import obstore
 
-        return sum(int(o["size"]) for some in obstore.list(self._store) for o in some)
+        try:
+            return sum(int(o["size"]) for some in obstore.list(self._store) for o in some)
+        except Exception as error:
+            raise unreachable(self.address, error) from None
 
     def _decoded(self, id: str, place: Place) -> Memory:
         """Once more from the store where the cache or a listing was out of date."""

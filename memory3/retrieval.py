@@ -31,6 +31,10 @@ class Searchable(Protocol):
         """Which embedder its vectors are of; `None` where it has none."""
 
     @property
+    def vectors_missing(self) -> int:
+        """Memories without a vector."""
+
+    @property
     def embedder(self) -> Embedder:
         """That embedder; `BankError` where it cannot be loaded."""
 
@@ -153,12 +157,16 @@ def default_retriever(banks: Sequence[Searchable]) -> str:
     """`hybrid` where all banks have vectors, else `lexical` (figures: docs/results.md).
 
     Warns:
-        UserWarning: there are vectors, and their embedder cannot be loaded.
+        UserWarning: there are vectors, but not for all memories, or their embedder cannot be loaded.
     """
     if any(bank.space is None for bank in banks):
         return "lexical"
     try:
         for bank in banks:
+            if bank.vectors_missing:
+                raise BankError(
+                    f"{bank.vectors_missing} memories have no vector yet, expected all: memory3 bank embed finishes them"
+                )
             _ = bank.embedder
     except BankError as error:
         warnings.warn(f"searching by words alone: {error}", stacklevel=3)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from memory3.archive import LISTING, Listing, checked_listing, copied, files_of, fresh_bank, listing_of
+from memory3.archive import LISTING, Listing, checked_listing, copied, files_of, fresh_bank, is_ours, listing_of
 from memory3.bank import Bank
 from memory3.manifest import MANIFEST
 from memory3.remote import fetched, is_remote, store_of, unreachable
@@ -19,11 +18,14 @@ from memory3.spec import BankError
 HUB = "hf://"
 CARD = "README.md"
 _MOST_SOURCES = 50
+_VERSION = re.compile(r"index\.lance/memories\.lance/_versions/(\d+)\.manifest")
 
 OnProgress = Callable[[int, int | None], None]
 
 
-def push(bank: Bank, target: str, *, licence: str | None = None, on_progress: OnProgress | None = None) -> int:
+def push(
+    bank: Bank, target: str, *, licence: str | None = None, public: bool = False, on_progress: OnProgress | None = None
+) -> int:
     """Put a bank on object storage (`s3://BUCKET/PATH`) or into a hub repository (`hf://OWNER/NAME`); bytes that were sent.
 
     The bank is locked against writers meanwhile. What was pushed before is brought to the present state: only what changed
@@ -31,19 +33,20 @@ def push(bank: Bank, target: str, *, licence: str | None = None, on_progress: On
     was once pushed there stays in it until the history is squashed.
 
     Args:
-        bank: the bank.
+        bank: the bank; pushes replace each other, so one place is its home.
         target: where to.
         licence: identifier for the card of a hub repository, `cc-by-sa-4.0` for instance.
+        public: make a new hub repository one that everybody sees.
         on_progress: called with the bytes done and their total.
 
     Raises:
-        BankError: out of reach, another bank is there, or another process writes.
+        BankError: out of reach, something else or a later state of the bank is there, or another process writes.
     """
     with bank.exclusive():
         files = files_of(bank)
         listing = listing_of(files)
         if target.startswith(HUB):
-            return _push_to_hub(bank, files, listing, target.removeprefix(HUB), licence)
+            return _push_to_hub(bank, files, listing, target.removeprefix(HUB), licence, public)
         if not is_remote(target):
             raise BankError(f"found the target {target!r}, expected s3://BUCKET/PATH or {HUB}OWNER/NAME")
         return _push_to_store(bank, files, listing, target.rstrip("/"), on_progress)
@@ -114,12 +117,11 @@ def _push_to_store(bank: Bank, files: dict[str, Path], listing: Listing, target:
     store = store_of(target)
     try:
         there = {str(o["path"]) for some in obstore.list(store) for o in some}
+        ours = {name for name in there if is_ours(name)}
+        held = fetched(store, target, MANIFEST) if MANIFEST in ours else None
+        _refuse_foreign(bank, files, there - {LISTING}, ours, held, target)
         known = _listed(store, target) if LISTING in there else {}
-        if MANIFEST in there and fetched(store, target, MANIFEST) != files[MANIFEST].read_bytes():
-            raise BankError(f"{target} holds another bank, expected this one or nothing: give another address, or remove it")
-        if there and MANIFEST not in there and not any(name in listing for name in there):
-            raise BankError(f"{target} holds {min(there)!r} and no bank, expected nothing or this bank: give another address")
-        changed = sorted((n for n in listing if n not in there or known.get(n) != listing[n]), key=_rank)
+        changed = sorted((n for n in listing if n not in ours or known.get(n) != listing[n]), key=_rank)
         total, sent = sum(listing[name][0] for name in changed), 0
         for name in changed:
             obstore.put(store, name, files[name])
@@ -127,13 +129,37 @@ def _push_to_store(bank: Bank, files: dict[str, Path], listing: Listing, target:
             if on_progress:
                 on_progress(sent, total)
         obstore.put(store, LISTING, json.dumps(listing).encode())
-        for name in sorted(there - set(listing) - {LISTING}):
+        for name in sorted(ours - set(listing)):
             obstore.delete(store, name)
     except BankError:
         raise
     except Exception as error:  # obstore's own classes differ between versions
         raise unreachable(target, error) from None
     return sent
+
+
+def _refuse_foreign(
+    bank: Bank, files: dict[str, Path], there: set[str], ours: set[str], held: bytes | None, target: str
+) -> None:
+    """Only nothing, or this bank in a state that is not later than this one, may be replaced."""
+    if held is None:
+        if there - ours or (ours and not ours & set(files)):
+            raise BankError(f"{target} holds {min(there)!r} and no bank, expected nothing or this bank: give another address")
+        return
+    if held != files[MANIFEST].read_bytes():
+        raise BankError(f"{target} holds another bank, expected this one or nothing: give another address, or remove it")
+    later, here = _newest_version(ours), _newest_version(set(files))
+    if later > here:
+        raise BankError(
+            f"{target} holds a later state of this bank (version {later}, here {here}), expected an earlier one: pull it, and "
+            "change that copy"
+        )
+
+
+def _newest_version(names: set[str]) -> int:
+    """Lance names manifests so that the newest comes first: 2**64 - 1 less the version."""
+    found = [int(match[1]) for name in names if (match := _VERSION.fullmatch(name))]
+    return 2**64 - 1 - min(found, default=2**64 - 1)
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -146,50 +172,54 @@ def _listed(store: Any, address: str) -> Listing:
 
 
 def _pull_from_store(source: str, fresh: Path, on_progress: OnProgress | None) -> None:
-    import obstore
-
     store = store_of(source)
     listing = _listed(store, source)
     total, done = sum(size for size, _ in listing.values()), 0
     for name, (size, digest) in listing.items():
-        try:
-            blocks = obstore.get(store, name).stream()
-            found = copied((bytes(block) for block in blocks), fresh / name, size)
-        except FileNotFoundError:
-            found = "nothing"
-        except BankError:
-            raise
-        except Exception as error:
-            raise unreachable(source, error) from None
-        if found != digest:
+        if copied(_blocks(store, source, name), fresh / name, size) != digest:
             raise BankError(f"{name} at {source} is missing or damaged (its checksum differs): push the bank again")
         done += size
         if on_progress:
             on_progress(done, total)
 
 
-def _push_to_hub(bank: Bank, files: dict[str, Path], listing: Listing, repository: str, licence: str | None) -> int:
-    from huggingface_hub import HfApi
+def _blocks(store: Any, source: str, name: str) -> Iterator[bytes]:
+    """An object in pieces; nothing where it is missing."""
+    import obstore
 
-    hub = HfApi()
-    with tempfile.TemporaryDirectory(dir=bank.path.absolute().parent, prefix=f".{bank.path.name}.memory3-pushing") as staging:
-        for name, file in files.items():
-            target = Path(staging, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _linked(file, target)
-        Path(staging, LISTING).write_text(json.dumps(listing), "utf-8")
-        Path(staging, CARD).write_text(card(bank, repository, licence), "utf-8")
-        try:
-            hub.create_repo(repository, repo_type="dataset", exist_ok=True)
-            hub.upload_folder(
-                repo_id=repository,
-                repo_type="dataset",
-                folder_path=staging,
-                commit_message=f"{len(bank)} memories",
-                delete_patterns="*",
-            )
-        except Exception as error:  # the hub's errors share no class with those of the network
-            raise _not_on_hub(repository, error) from None
+    try:
+        for block in obstore.get(store, name).stream():
+            yield bytes(block)
+    except FileNotFoundError:
+        return
+    except Exception as error:
+        raise unreachable(source, error) from None
+
+
+def _push_to_hub(
+    bank: Bank, files: dict[str, Path], listing: Listing, repository: str, licence: str | None, public: bool
+) -> int:
+    """One commit, so that the repository holds a bank whole or not at all."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    hub, target = HfApi(), f"{HUB}{repository}"
+    texts = {LISTING: json.dumps(listing), CARD: card(bank, repository, licence)}
+    try:
+        hub.create_repo(repository, repo_type="dataset", exist_ok=True, private=not public)
+        there = set(hub.list_repo_files(repository, repo_type="dataset"))
+        ours = {name for name in there if is_ours(name)}
+        held = None
+        if MANIFEST in ours:
+            held = Path(hub.hf_hub_download(repository, MANIFEST, repo_type="dataset")).read_bytes()
+        _refuse_foreign(bank, files, there - {LISTING, CARD, ".gitattributes"}, ours, held, target)
+        added = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+        added += [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
+        gone = [CommitOperationDelete(name) for name in sorted(ours - set(files))]
+        hub.create_commit(repository, [*added, *gone], repo_type="dataset", commit_message=f"{len(bank)} memories")
+    except BankError:
+        raise
+    except Exception as error:  # the hub's errors share no class with those of the network
+        raise _not_on_hub(repository, error) from None
     return sum(size for size, _ in listing.values())
 
 
@@ -216,11 +246,3 @@ def _pull_from_hub(repository: str, fresh: Path) -> None:
 def _not_on_hub(repository: str, error: BaseException) -> BankError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return BankError(f"{HUB}{repository} cannot be reached ({reason}): check the name, the network, and `hf auth login`")
-
-
-def _linked(file: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the disk has no links."""
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)

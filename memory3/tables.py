@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from memory3.spec import BankError
@@ -33,13 +33,10 @@ class Table:
         folder: address of the database, for messages and for Lance itself.
         name: `memories` or `sources`.
         at: version to look at; by default always the newest, whoever commits it.
-        options: storage options of Lance, for object stores.
     """
 
-    def __init__(
-        self, database: Any, folder: str, name: str, at: int | None = None, options: dict[str, str] | None = None
-    ) -> None:
-        self.folder, self.name, self.at, self._options = folder, name, at, options
+    def __init__(self, database: Any, folder: str, name: str, at: int | None = None) -> None:
+        self.folder, self.name, self.at = folder, name, at
         self.raw = database.open_table(name)
         if at is not None:
             self.raw.checkout(at)
@@ -47,18 +44,21 @@ class Table:
     @property
     def version(self) -> int:
         """Version that reads see."""
-        return int(self.raw.version)
+        return int(self.read(lambda table: table.version))
 
     @property
     def schema(self) -> pa.Schema:
         """Columns with their metadata."""
-        return self.raw.schema
+        return self.read(lambda table: table.schema)
 
-    def dataset(self, version: int | str | None = None) -> Any:
-        """The table as a `lance.LanceDataset`, at a version or a tag."""
+    def dataset(self) -> Any:
+        """The table as a `lance.LanceDataset`."""
         import lance
 
-        return lance.dataset(f"{self.folder}/{self.name}.lance", version=version, storage_options=self._options)
+        try:
+            return lance.dataset(f"{self.folder}/{self.name}.lance")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise unreadable(error) from error
 
     def read(self, query: Callable[[Any], Any]) -> Any:
         """A query; once more where a writer rewrote the files that it was about to read."""
@@ -66,10 +66,15 @@ class Table:
             try:
                 return query(self.raw)
             except Exception as error:  # damage can make LanceDB's Rust panic, which has a class of its own
+                if self.at is not None and attempt:
+                    raise BankError(
+                        f"version {self.at} of {self.name} is not kept any more: a state goes an hour after the next one, and with any "
+                        "deletion; open the bank without `at`"
+                    ) from error
                 if attempt == _ATTEMPTS - 1:
                     raise unreadable(error) from error
-                if self.at is None:
-                    self.raw.checkout_latest()
+                with suppress(Exception):
+                    self.raw.checkout_latest() if self.at is None else self.raw.checkout(self.at)
                 time.sleep(0.02 * attempt)
 
     def column(self, *names: str) -> pa.Table:
@@ -95,12 +100,17 @@ class Table:
             tags.delete(name)
         tags.create(name, version)
 
-    def optimise(self, keep: timedelta, kept_by_all: timedelta) -> None:
-        """Bring the indexes up to date, join small files, and drop versions older than `keep` that no tag names."""
-        self.raw.optimize(cleanup_older_than=kept_by_all)
+    def optimise(self, keep: timedelta) -> None:
+        """Bring the indexes up to date, join small files, and drop versions that no tag names and that another one followed
+        longer than `keep` ago.
+        """
+        stored = self.dataset()
+        stored.optimize.compact_files()
+        stored.optimize.optimize_indices()
+        self.raw.checkout_latest()
         index(self.raw, self.name)
-        if keep < kept_by_all:
-            self._drop_versions(keep)
+        made = [row["timestamp"] for row in self.dataset().versions()]
+        self._drop_versions(age_to_drop(made, datetime.now(), keep) if keep else keep)
 
     def purge(self) -> None:
         """Rewrite data without deleted rows, make the indexes anew, and drop all older versions and tags."""
@@ -112,10 +122,18 @@ class Table:
         index(self.raw, self.name, replace=True)
         self._drop_versions(timedelta(0))
 
-    def _drop_versions(self, keep: timedelta) -> None:
-        """Only the one writer may: files that no version names count as left behind."""
-        self.dataset().cleanup_old_versions(older_than=keep, delete_unverified=True, error_if_tagged_old_versions=False)
+    def _drop_versions(self, older_than: timedelta) -> None:
+        """Only the one writer may: where all older versions go, files that no version names count as left behind."""
+        self.dataset().cleanup_old_versions(
+            older_than=older_than, delete_unverified=not older_than, error_if_tagged_old_versions=False
+        )
         self.raw.checkout_latest()
+
+
+def age_to_drop(made: Iterable[datetime], now: datetime, keep: timedelta) -> timedelta:
+    """Age from which on versions go, so that the one that was the newest `keep` ago stays; Lance counts from when each was made."""
+    newest_then = max((time for time in made if time <= now - keep), default=None)
+    return keep if newest_then is None else now - newest_then + timedelta(milliseconds=1)
 
 
 def create(database: Any, vector: pa.Field | None = None) -> None:

@@ -68,7 +68,7 @@ def write(
 
     Args:
         decoder: the model that writes, the one the bank was opened with.
-        references: streamed; at most a window of 1,024 is held.
+        references: streamed; at most a window of 1,024 is held, or with `context` one document.
         bank: where they go; locked against other writers until the end.
         batch_size: references of one forward pass, and of one commit.
         max_bytes: most bytes of the bank's folder; a batch that would not fit is not encoded.

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from memory3.bank import Bank
 from memory3.cli import app
-from memory3.context import Stretch, stretches
-from memory3.decoder import GAP, attach
+from memory3.context import GAP, Stretch, stretches
+from memory3.decoder import attach
 from memory3.rebuilding import rebuild
 from memory3.spec import MemorySpec, Reference, SpecError
 from memory3.verifying import verify
@@ -162,3 +162,34 @@ def test_the_command_line_writes_in_context(tmp_path: Path) -> None:
     done = runner.invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert len(Bank(bank).in_context()) == len(Bank(bank)) - 1 > 1
+
+
+def test_a_rebuild_keeps_every_text_where_two_states_of_a_document_are_there(tmp_path: Path) -> None:
+    decoder, other = FakeDecoder(), FakeDecoder(weights="other")
+    bank = written(tmp_path / "bank", decoder, document("one a", "two b"))
+    write(decoder, document("one X", "two b"), bank, context=True)  # the same places, without --update
+    texts = sorted(r.text for rows in bank.references(bank.ids()).values() for r in rows)
+    assert texts.count("one a") == texts.count("one X") == 1
+    bank.close()
+    rebuild(tmp_path / "bank", other)
+    with Bank(tmp_path / "bank", other) as again:
+        assert {r.text for rows in again.references(again.ids()).values() for r in rows} == set(texts)
+        assert verify(again).problems == []
+
+
+def test_a_wide_gap_is_counted() -> None:
+    class Wide(FakeDecoder):
+        """A tokenizer that spends ten tokens on a blank line, as some do three."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            own = self.tokenizer
+
+            def counted(texts: Any, **options: Any) -> dict[str, list[list[int]]]:
+                return {"input_ids": [[0] * 10 if text == GAP else own(text, **options)["input_ids"] for text in texts]}
+
+            self.tokenizer = counted  # type: ignore[assignment]
+
+    wide = Wide()
+    for stretch in stretches(document(*[f"word {n} and more" for n in range(30)]), wide):
+        assert sum(count(r.text) + 10 for r in stretch.references) <= wide.window

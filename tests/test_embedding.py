@@ -199,7 +199,7 @@ def test_a_vector_column_without_its_embedder_is_a_clear_error(tmp_path: Path) -
     column = pa.field(tables.VECTOR, pa.list_(pa.float16(), 8), metadata={"embedder": "fake"})
     tables.create(lancedb.connect(tmp_path), column)
     with pytest.raises(BankError, match="vector column without its embedder"):
-        Catalogue(tmp_path)
+        _ = Catalogue(tmp_path).space
 
 
 def test_entries_carry_a_vector_each(tmp_path: Path) -> None:
@@ -218,3 +218,52 @@ def test_the_command_line_gives_a_bank_vectors_and_takes_them_away(tmp_path: Pat
     assert runner.invoke(app, ["bank", "embed", bank]).stdout.startswith(f"1 vectors made, embedder: {OFFLINE}")
     assert OFFLINE in runner.invoke(app, ["bank", "stats", bank]).stdout
     assert "0 vectors" in runner.invoke(app, ["bank", "embed", bank, "--embedder", "none"]).stdout
+
+
+def test_an_open_bank_follows_when_another_process_changes_the_embedder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = FakeEmbedder(), FakeEmbedder("second", seed=1)
+    monkeypatch.setattr("memory3.reader.embedder_named", {"fake": first, "second": second}.__getitem__)
+    writer, reader = made(tmp_path, first), Bank(tmp_path, FakeDecoder())
+    [[before]] = reader.nearest([CORPUS[0]], 1)
+    Bank(tmp_path).embed(second)
+    [[after]] = reader.nearest([CORPUS[0]], 1)
+    assert after.id == before.id and after.score == pytest.approx(1, abs=2e-3)  # it was asked in the new space
+    extra = Reference("quite another text", "new.txt")
+    assert writer.decoder is not None
+    write(writer.decoder, [extra], writer)
+    assert Bank(tmp_path, embedder=second).nearest([extra.text], 1)[0][0].id == extra.id
+    Bank(tmp_path).embed(None)
+    write(writer.decoder, [Reference("a text without a vector")], writer)
+    assert len(writer) == len(CORPUS) + 2 and writer.space is None
+    assert default_retriever([reader]) == "lexical"
+    assert writer.embed(first) == len(writer)
+
+
+def test_half_made_vectors_are_not_searched_unasked(tmp_path: Path) -> None:
+    bank, embedder = made(tmp_path, None), FakeEmbedder()
+
+    def stop(done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bank.embed(embedder, batch_size=1, on_progress=stop)
+    missing = len(CORPUS) - 1
+    assert bank.stats()["vectors_missing"] == missing
+    with pytest.warns(UserWarning, match=f"by words alone: {missing} memories have no vector yet.*memory3 bank embed"):
+        assert default_retriever([bank]) == "lexical"
+    bank.embed(embedder)
+    assert default_retriever([bank]) == "hybrid" and bank.stats()["vectors_missing"] == 0
+
+
+def test_a_fixed_recall_needs_no_embedder(tmp_path: Path) -> None:
+    made(tmp_path, FakeEmbedder("nowhere"))
+    recall = Recall(Bank(tmp_path, FakeDecoder()), references=[Reference(CORPUS[0]).id])
+    assert recall(["x"])[0].references[0].text == CORPUS[0]
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_sentence(device: str) -> None:
+    with pytest.raises(BankError, match="found no embedder"):
+        SentenceEmbedder(device=device).embed(["x"])

@@ -123,3 +123,10 @@ def test_heads_are_chosen_as_long_as_they_help() -> None:
     rankings = [Ranking({(0, 0): noise, (0, 1): good}, noise, (True, False, False))] * 2
     assert choose(rankings) == [(0, 1)]
     assert rankings[0].reciprocal([(0, 1)]) == 1 and rankings[0].reciprocal([]) == 1 / 3
+
+
+def test_a_model_without_a_name_takes_no_file_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / HEADS_FILE).write_text("[[0, 0]]")
+    with attach(tiny_model("llama"), tiny_tokenizer(), DENSE) as decoder:
+        assert Attention(decoder).heads == []

@@ -6,12 +6,14 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import lance
@@ -24,9 +26,11 @@ from memory3.archive import LISTING, export_bank, import_bank
 from memory3.bank import Bank
 from memory3.cli import app
 from memory3.guard import replaced_bank
+from memory3.reader import version_name
 from memory3.rebuilding import rebuild
 from memory3.recall import Recall
 from memory3.spec import BankError, BankMismatch, Memory, MemorySpec, Reference
+from memory3.tables import age_to_drop
 from memory3.verifying import traces_of, verify
 
 SECRET = "The zanzibarquux opens at midnight."
@@ -497,3 +501,75 @@ def test_versions_and_tags_on_the_command_line(tmp_path: Path) -> None:
     last = runner.invoke(app, ["bank", "versions", at]).stdout.splitlines()[-1]
     assert last.endswith("first") and last.split()[0] == bank.versions()[-1][1]
     assert "no tag any more" in runner.invoke(app, ["bank", "tag", at, "first", "--remove"]).stdout
+
+
+def test_an_old_tag_stops_nothing_and_is_kept(tmp_path: Path) -> None:
+    """Lance itself refuses to tidy up once a tagged version is older than the limit."""
+    bank, _ = filled(tmp_path, "one word")
+    named = bank.tag("first")
+    assert bank.decoder is not None
+    for n in range(3):
+        bank.add([Reference(f"more {n}")], bank.decoder.encode([f"more {n}"]))
+        time.sleep(0.005)
+        bank._catalogue.optimise(timedelta(milliseconds=1))
+    assert len(Bank(tmp_path, FakeDecoder(), at="first")) == 1 and bank.tags() == {"first": named}
+
+
+def test_a_state_is_kept_until_an_hour_after_the_next_one() -> None:
+    now, hour = datetime(2026, 1, 1, 12), timedelta(hours=1)
+    made = [now - timedelta(minutes=minutes) for minutes in (900, 300, 200, 40, 1)]
+    age = age_to_drop(made, now, hour)
+    assert [now - time < age for time in made] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]  # 200 minutes ago it began, until 40 ago it was
+    assert age_to_drop([now - timedelta(minutes=5)], now, hour) == hour
+
+
+def test_states_are_those_that_were_also_behind_gaps(tmp_path: Path) -> None:
+    bank, _ = filled(tmp_path, "one word")
+    assert bank.decoder is not None
+    tagged = [bank.tag("t1")]
+    for n in range(3):
+        bank.add([Reference(f"more {n}", "a.txt", n, n + 1)], bank.decoder.encode([f"more {n}"]))
+    tagged.append(bank.tag("t2"))
+    bank.add([Reference("last", "a.txt", 9, 10)], bank.decoder.encode(["last"]))
+    bank.refresh(keep_versions=False)
+    now = version_name(bank.version)
+    assert [version for _, version in bank.versions()] == [*tagged, now]
+
+
+@pytest.mark.parametrize("name", ["3.1", "a..b", "x.", "a.lock", "", "-x", "a/b"])
+def test_a_tag_is_no_version_and_no_name_that_lance_refuses(tmp_path: Path, name: str) -> None:
+    bank, _ = filled(tmp_path, "one word")
+    with pytest.raises(BankError, match="which is no name"):
+        bank.tag(name)
+
+
+def test_half_a_tag_is_tidied_up(tmp_path: Path) -> None:
+    bank, _ = filled(tmp_path, "one word")
+    stored = lance.dataset(str(tmp_path / "index.lance/memories.lance"))
+    stored.tags.create("half", stored.version)
+    assert bank.tags() == {}
+    bank.compact()
+    assert lance.dataset(str(tmp_path / "index.lance/memories.lance")).tags.list() == {}
+    assert bank.tag("half") in {version for _, version in bank.versions()}
+
+
+def test_a_state_that_went_says_so(tmp_path: Path) -> None:
+    bank, (one, _) = filled(tmp_path, "one", "two")
+    earlier = Bank(tmp_path, FakeDecoder(), at=bank.versions()[-1][1])
+    bank.delete([one.id])
+    with pytest.raises(BankError, match="not kept any more"):
+        earlier.search("one", 1)
+
+
+def test_missing_tables_are_a_bank_error_for_every_question(tmp_path: Path) -> None:
+    bank, (one,) = filled(tmp_path, "one")
+    shutil.rmtree(tmp_path / "index.lance" / "memories.lance")
+    for look in (bank.versions, bank.tags, lambda: bank.version, lambda: bank.references([one.id]), lambda: bank.space):
+        with pytest.raises(BankError, match="the tables cannot be read"):
+            look()

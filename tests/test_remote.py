@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from typing import Any
 import obstore
 import pytest
 from fakes import CORPUS, FakeDecoder, FakeEmbedder, same
+from huggingface_hub import CommitOperationDelete
 from object_store import bucket
 from obstore.store import from_url
 from test_bank import filled
 from typer.testing import CliRunner
 
-from memory3.archive import LISTING
+from memory3.archive import LISTING, is_ours
 from memory3.bank import Bank
 from memory3.cli import app
 from memory3.recall import Recall
@@ -219,18 +219,29 @@ class FakeHub:
     """A hub of folders on this disk, with the calls that a bank needs."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.created = folder, set[str]()
+        self.folder, self.private = folder, dict[str, bool]()
 
-    def create_repo(self, name: str, *, repo_type: str, exist_ok: bool) -> None:
+    def create_repo(self, name: str, *, repo_type: str, exist_ok: bool, private: bool) -> None:
         assert repo_type == "dataset" and exist_ok
-        self.created.add(name)
+        self.private.setdefault(name, private)
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
 
-    def upload_folder(
-        self, *, repo_id: str, repo_type: str, folder_path: str, commit_message: str, delete_patterns: str
-    ) -> None:
-        assert repo_id in self.created and repo_type == "dataset" and delete_patterns == "*" and commit_message
-        shutil.rmtree(self.folder / repo_id, ignore_errors=True)
-        shutil.copytree(folder_path, self.folder / repo_id)
+    def list_repo_files(self, name: str, *, repo_type: str) -> list[str]:
+        return [p.relative_to(self.folder / name).as_posix() for p in (self.folder / name).rglob("*") if p.is_file()]
+
+    def hf_hub_download(self, name: str, file: str, *, repo_type: str) -> str:
+        return str(self.folder / name / file)
+
+    def create_commit(self, name: str, operations: list[Any], *, repo_type: str, commit_message: str) -> None:
+        assert name in self.private and repo_type == "dataset" and commit_message
+        for operation in operations:
+            file = self.folder / name / operation.path_in_repo
+            if isinstance(operation, CommitOperationDelete):
+                file.unlink()
+                continue
+            data = operation.path_or_fileobj
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data if isinstance(data, bytes) else Path(data).read_bytes())
 
     def snapshot_download(self, name: str, *, repo_type: str, local_dir: str) -> str:
         if not (self.folder / name).is_dir():
@@ -260,9 +271,27 @@ def test_a_bank_goes_to_a_hub_with_its_card_and_comes_back(tmp_path: Path, hub: 
     assert verify(copy).problems == []
     assert all(same(copy.read([r.id])[0], bank.read([r.id])[0]) for r in references)
     bank.delete([references[0].id])
-    push(bank, "hf://me/notes")
+    bank.compact()
+    push(bank, "hf://me/notes", public=True)
+    assert hub.private == {"me/notes": True}  # what exists keeps who may see it
+    there = {n for n in hub.list_repo_files("me/notes", repo_type="dataset") if n.startswith("shards/")}
+    assert there == {p.relative_to(bank.path).as_posix() for p in (bank.path / "shards").iterdir()}
     assert pull("hf://me/notes", tmp_path / "copy2").ids() == bank.ids()
     assert "licence | not stated" in (hub.folder / "me/notes/README.md").read_text()
+
+
+def test_a_hub_repository_of_something_else_is_left_alone(tmp_path: Path, hub: FakeHub) -> None:
+    bank, _ = filled(tmp_path / "bank", *CORPUS)
+    (hub.folder / "me/photos").mkdir(parents=True)
+    (hub.folder / "me/photos/cat.jpg").write_bytes(b"x")
+    with pytest.raises(BankError, match=r"hf://me/photos holds 'cat.jpg' and no bank"):
+        push(bank, "hf://me/photos")
+    other, _ = filled(tmp_path / "other", "x")
+    push(other, "hf://me/notes", public=True)
+    assert hub.private["me/notes"] is False
+    with pytest.raises(BankError, match="holds another bank"):
+        push(bank, "hf://me/notes")
+    assert pull("hf://me/notes", tmp_path / "copy").ids() == other.ids()
 
 
 def test_what_a_hub_damaged_or_does_not_have_is_refused(tmp_path: Path, hub: FakeHub) -> None:
@@ -288,7 +317,104 @@ def test_what_a_hub_damaged_or_does_not_have_is_refused(tmp_path: Path, hub: Fak
 
 
 def test_a_store_out_of_reach_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with bucket() as address, warnings.catch_warnings():
-        monkeypatch.setenv("MEMORY3_CACHE", str(tmp_path / "cache"))
-        with pytest.raises(BankError, match=r"cannot be reached|no bank at"):
+    monkeypatch.setenv("MEMORY3_CACHE", str(tmp_path / "cache"))
+    with bucket() as address:
+        with pytest.raises(BankError, match=r"no bank at|cannot be reached"):
             open_bank(address.replace("memories", "no-such-bucket"))
+        pushed(tmp_path / "bank", address)
+        monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+        with pytest.raises(BankError, match=r"cannot be reached .*credentials in AWS_"):
+            open_bank(address)
+        with pytest.raises(BankError, match=r"cannot be reached"):
+            pull(address, tmp_path / "copy")
+
+
+def test_a_push_leaves_what_is_not_of_the_bank(tmp_path: Path, address: str) -> None:
+    """Another bank below the address, and a note."""
+    bank, references = pushed(tmp_path / "bank", address)
+    inner, _ = filled(tmp_path / "inner", "an inner text")
+    push(inner, f"{address}/inner")
+    obstore.put(from_url(address), "notes/readme.txt", b"mine")
+    bank.delete([references[0].id])
+    bank.compact()
+    push(bank, address)
+    assert RemoteBank(f"{address}/inner").ids() == inner.ids()
+    assert bytes(obstore.get(from_url(address), "notes/readme.txt").bytes()) == b"mine"
+
+
+def test_an_older_copy_does_not_replace_a_later_state(tmp_path: Path, address: str) -> None:
+    bank, _ = pushed(tmp_path / "bank", address)
+    old = pull(address, tmp_path / "old")
+    assert bank.decoder is not None
+    bank.add([Reference("more")], bank.decoder.encode(["more"]))
+    push(bank, address)
+    with pytest.raises(BankError, match="holds a later state of this bank"):
+        push(old, address)
+    assert len(RemoteBank(address)) == len(bank)
+
+
+def test_deleted_key_values_leave_the_cache_on_disk_too(tmp_path: Path, address: str) -> None:
+    bank, references = pushed(tmp_path / "bank", address)
+    far = RemoteBank(address, FakeDecoder(), cache_folder=tmp_path / "cached")
+    far.read([r.id for r in references])
+    held = {file.read_bytes() for file in (tmp_path / "cached").iterdir()}
+    assert len(held) == len(references)
+    gone = bytes.fromhex(references[0].id)
+    assert any(gone in data for data in held)
+    bank.delete([references[0].id])
+    push(bank, address)
+    far.read([references[1].id])
+    assert not any(gone in file.read_bytes() for file in (tmp_path / "cached").iterdir())
+
+
+def test_without_a_place_for_the_cache_records_are_read_all_the_same(tmp_path: Path, address: str) -> None:
+    bank, references = pushed(tmp_path / "bank", address)
+    (tmp_path / "file").write_text("no folder")
+    far = RemoteBank(address, FakeDecoder(), cache_folder=tmp_path / "file")
+    assert same(far.read([references[0].id])[0], bank.read([references[0].id])[0])
+
+
+def test_a_push_between_two_looks_is_followed(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, references = pushed(tmp_path / "bank", address)
+    far = RemoteBank(address, FakeDecoder())
+    fetch = far.records.fetch
+
+    def pushed_first(places: Any) -> None:
+        monkeypatch.setattr(far.records, "fetch", fetch)
+        bank.delete([references[0].id])
+        bank.compact()
+        push(bank, address)
+        fetch(places)
+
+    monkeypatch.setattr(far.records, "fetch", pushed_first)
+    assert same(far.read([references[2].id])[0], bank.read([references[2].id])[0])
+
+
+def test_a_local_disk_that_refuses_is_not_blamed_on_the_store(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed(tmp_path / "bank", address)
+
+    def full(*arguments: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("memory3.sharing.copied", full)
+    with pytest.raises(BankError, match=r"copy cannot be made \(No space left on device\)"):
+        pull(address, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("arguments", [["bank", "compact"], ["bank", "tag"], ["write", "note.txt", "--bank"]])
+def test_commands_that_write_take_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "note.txt").write_text("A note.")
+    with pytest.raises(BankError, match=r"s3://b/bank is an address on object storage.*memory3 bank push BANK s3://b/bank"):
+        CliRunner().invoke(app, [*arguments, "s3://b/bank", *(["x"] if "tag" in arguments else [])], catch_exceptions=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+
+
+@pytest.mark.parametrize(
+    "name", ["index.lance/e/modules.json", "index.lance/memories.lance/evil.py", "index.lance/memories.lance/data/../x"]
+)
+def test_only_files_of_the_tables_belong_to_a_bank(name: str) -> None:
+    assert not is_ours(name)
+    assert is_ours("index.lance/memories.lance/_refs/tags/first.json")

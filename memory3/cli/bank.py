@@ -17,7 +17,7 @@ FAULTY = 4
 Address = Annotated[
     str, typer.Argument(metavar="BANK", help="Folder of the bank, or its address on object storage: s3://BUCKET/PATH.")
 ]
-Folder = Annotated[Path, typer.Argument(help="Folder of the bank.")]
+Folder = Annotated[str, typer.Argument(metavar="BANK", help="Folder of the bank.")]
 Where = Annotated[str | None, typer.Option(help="SQL on the columns id, text, tokens and created: \"text LIKE '%tower%'\".")]
 
 
@@ -177,7 +177,7 @@ def versions(bank: Address, as_json: Json = False) -> None:
         if as_json:
             print(json.dumps({"version": version, "created": made.isoformat(timespec="seconds"), "tags": names}))
         else:
-            print(f"{version:12} {made:%Y-%m-%d %H:%M:%S}  {' '.join(names)}".rstrip())
+            print(f"{version:12} {made:%Y-%m-%d %H:%M:%S} UTC  {' '.join(names)}".rstrip())
 
 
 @bank_app.command()
@@ -229,6 +229,7 @@ def push(
     bank: Folder,
     target: Annotated[str, typer.Argument(help="s3://BUCKET/PATH, or hf://OWNER/NAME for a hub repository.")],
     licence: Annotated[str | None, typer.Option(help="Licence for the page of a hub repository: cc-by-sa-4.0, …")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see a new hub repository; default private.")] = False,
     as_json: Json = False,
 ) -> None:
     """Put a bank on object storage or into a hub repository; what was pushed before is brought to the present state."""
@@ -236,7 +237,7 @@ def push(
     from memory3.sharing import push as push_bank
 
     with Bank(bank) as opened, progress("pushing") as tell:
-        sent = push_bank(opened, target, licence=licence, on_progress=tell)
+        sent = push_bank(opened, target, licence=licence, public=public, on_progress=tell)
     print(json.dumps({"bytes": sent, "target": target}) if as_json else f"{sent:,} bytes sent to {target}")
 
 
@@ -271,7 +272,7 @@ def rebuild(
     from memory3.rebuilding import rebuild as rebuild_bank
 
     with decoder_of(model, tokens_per_head, device, dtype) as decoder, progress("rebuilding") as tell:
-        done = rebuild_bank(bank, decoder, batch_size=batch_size, on_progress=tell)
+        done = rebuild_bank(Path(bank), decoder, batch_size=batch_size, on_progress=tell)
     report = done.report
     if as_json:
         print(json.dumps({**asdict(report), "split": done.split}))

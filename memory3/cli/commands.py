@@ -45,7 +45,7 @@ INCOMPLETE = 3
 @app.command()
 def write(
     sources: Annotated[list[str], typer.Argument(help="Files or folders; - is text on stdin.")],
-    bank: Annotated[Path, typer.Option(help="Folder of the bank; made where there is none.")],
+    bank: Annotated[str, typer.Option(help="Folder of the bank; made where there is none.")],
     model: Model = None,
     tokens_per_head: TokensPerHead = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text, in JSONL, CSV and Parquet.")] = "text",

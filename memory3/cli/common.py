@@ -26,7 +26,8 @@ Json = Annotated[
 ]
 MinScore = Annotated[float | None, typer.Option(help="Recall nothing that scores below.")]
 RetrieverName = Annotated[
-    str | None, typer.Option("--retriever", help="lexical, dense or hybrid; default hybrid where the bank has vectors.")
+    str | None,
+    typer.Option("--retriever", help="lexical, dense, hybrid or internal; default hybrid where the bank has vectors."),
 ]
 At = Annotated[str | None, typer.Option(help="Read the bank as it was: a tag, or a version that `bank versions` lists.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most new tokens.")]
@@ -61,7 +62,7 @@ def decoder_of(model: str | None, tokens_per_head: int | None, device: str | Non
         yield decoder.using(replace(decoder.spec, tokens_per_head=tokens_per_head))
 
 
-def embedder_of(name: str | None, bank: Path) -> SentenceEmbedder | None:
+def embedder_of(name: str | None, bank: str) -> SentenceEmbedder | None:
     """What `write` gives to a bank: a named embedder, none, or for a new bank the offline one where it is installed."""
     from memory3.embedding import OFFLINE, SentenceEmbedder, offline_available
     from memory3.manifest import MANIFEST
@@ -70,7 +71,7 @@ def embedder_of(name: str | None, bank: Path) -> SentenceEmbedder | None:
         return None
     if name is not None:
         return SentenceEmbedder(name)
-    return SentenceEmbedder(OFFLINE) if offline_available() and not (bank / MANIFEST).exists() else None
+    return SentenceEmbedder(OFFLINE) if offline_available() and not Path(bank, MANIFEST).exists() else None
 
 
 def recall_of(banks: list[str] | None, decoder: Decoder, at: str | None = None, **options: Any) -> Recall:

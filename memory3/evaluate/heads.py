@@ -88,12 +88,14 @@ def _row(name: str, rankings: Sequence[Ranking], heads: Sequence[Head]) -> str:
 def _rankings(decoder: Decoder, data: Path, limit: int, seed: int, tell: Callable[[int, int | None], None]) -> list[Ranking]:
     import pyarrow.parquet as pq
 
+    if not (data / "qa.parquet").is_file():
+        raise SourceError(f"found no {data / 'qa.parquet'}, expected the questions: give their folder with --data")
     rows = [r for r in pq.read_table(data / "qa.parquet").to_pylist() if r["split"] == "train" and r["dataset"] != "boolq"]
     random.Random(seed).shuffle(rows)
     documents = {str(n): document_of(row["title"], row["passage"]) for n, row in enumerate(rows[:_DOCUMENTS])}
     questions = [
         Question(row["dataset"], row["question"].strip(), tuple(a.strip() for a in row["answers"] if a.strip()), str(n))
-        for n, row in enumerate(rows[:limit])
+        for n, row in enumerate(rows[: min(limit, _DOCUMENTS)])
     ]
     tokenizer, length = decoder.tokenizer, decoder.spec.reference_length
     references = list({r.id: r for r in references_of(documents, list(documents), tokenizer, length)}.values())

@@ -244,7 +244,7 @@ def contexts(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int],
     """Plain writing, writing in context, and writing in the context of another document (control), of gold references that are
     not the first of their documents.
     """
-    others = {case.gold: other.before for case, other in zip(cases, [*cases[1:], *cases[:1]], strict=True)}
+    others = {case.gold: next((o.before for o in cases if o.before[:1] != case.before[:1]), ()) for case in cases}
     ways: dict[str, Callable[[Case], Sequence[str]] | None] = {
         "encoded alone": None,
         "encoded in context": lambda case: case.before,

@@ -127,7 +127,12 @@ def built(
     work.mkdir(parents=True, exist_ok=True)
     note = work / COUNTED
     spent: dict[str, float] = json.loads(note.read_text()) if note.exists() else {"dense": 0.0, "lexical": 0.0, "done": 0}
-    catalogue = Catalogue(work / FOLDER, create=True, space=VectorSpace.of(embedder))
+    space = VectorSpace.of(embedder)
+    catalogue = Catalogue(work / FOLDER, create=not (work / FOLDER).exists(), space=space)
+    if not space.same_as(catalogue.space):
+        raise SpecError(
+            f"{work} has vectors of another embedder than {embedder.name}, expected a folder of its own: give --work"
+        )
     names = list(documents)
     for start in range(int(spent["done"]), len(names), _AT_ONCE):
         some = names[start : start + _AT_ONCE]
@@ -169,6 +174,7 @@ class Tables:
     def __init__(self, catalogue: Catalogue, embedder: Embedder, decoder: Decoder) -> None:
         self.catalogue, self.embedder, self.decoder, self.space = catalogue, embedder, decoder, catalogue.space
         self.encoded: dict[str, Memory] = {}
+        self.vectors_missing = 0
         self.seconds = 0.0
 
     def search(self, query: str, k: int) -> list[Hit]:
