@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -336,12 +337,17 @@ def campaign(small: bool, seed: int) -> list[Tally]:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        done = [
-            kills(folder, 3 if small else 50, rng),
-            flips(folder, 25 if small else 200, rng),
-            full_disk(3 if small else 20, rng),
-            readers(folder, 4 if small else 60, rng),
+        parts: list[Callable[[], Tally | None]] = [
+            lambda: kills(folder, 3 if small else 50, rng),
+            lambda: flips(folder, 25 if small else 200, rng),
+            lambda: full_disk(3 if small else 20, rng),
+            lambda: readers(folder, 4 if small else 60, rng),
         ]
+        done = []
+        for part in parts:
+            done.append(part())
+            if not small and done[-1] is not None:
+                print(done[-1].row(), file=sys.stderr, flush=True)
     if done[2] is None:
         print("full disk: left out, no tmpfs can be mounted here", file=sys.stderr)
     return [tally for tally in done if tally is not None]
