@@ -15,6 +15,7 @@ from memory3 import tables
 from memory3.catalogue import Hit
 from memory3.evaluate import ann, retrieval
 from memory3.evaluate.heads import measure_heads
+from memory3.evaluate.picture import draw_retrieval
 from memory3.evaluate.retrieval import Found, Question, built, documents_and_questions, measure_retrieval, ranks
 from memory3.loading import load
 from memory3.retrieval import Retriever
@@ -109,6 +110,8 @@ def test_the_table_has_a_row_per_retriever_and_dataset(data: Path, tmp_path: Pat
             for dataset in ("boolq", "hybridqa", "popqa", "squad", "squad + popqa + simplequestions")
         ]
         assert all(row.recall(5) == [1.0] * len(row.ranks) for row in rows if row.retriever == "lexical")
+        draw_retrieval(rows, tmp_path / "found.png")
+        assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
         printed = capsys.readouterr().out.splitlines()
         assert printed[0].startswith("9 documents, 9 references") and len(printed) == 3 + len(rows)
         with pytest.raises(SpecError, match="found retriever 'psychic'"):

@@ -305,7 +305,7 @@ def evaluate(
     model: Model = None,
     limit: Annotated[int, typer.Option(min=1, help="Questions.")] = 500,
     out: Annotated[
-        Path | None, typer.Option(help="Picture of the curve, for `slots`; file of the chosen heads, for `heads`.")
+        Path | None, typer.Option(help="Picture, for `slots` and `retrieval`; file of the chosen heads, for `heads`.")
     ] = None,
     work: Annotated[Path, typer.Option(help="Where `retrieval` keeps its tables, to go on or to measure again.")] = Path(
         "runs/retrieval"
@@ -325,7 +325,11 @@ def evaluate(
             from memory3.evaluate.retrieval import measure_retrieval
 
             made = SentenceEmbedder(embedder or OFFLINE, device, dtype or "float32")
-            measure_retrieval(decoder, data, work, made, retriever, limit, tell)
+            found = measure_retrieval(decoder, data, work, made, retriever, limit, tell)
+            if out is not None:
+                from memory3.evaluate.picture import draw_retrieval
+
+                draw_retrieval(found, out)
             return
         if what == "ann":
             from memory3.embedding import OFFLINE, SentenceEmbedder

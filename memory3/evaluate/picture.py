@@ -1,4 +1,4 @@
-"""Pictures: what one answer read, and the curve of exact match over slots."""
+"""Pictures: what one answer read, the curve of exact match over slots, and what each retriever finds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from memory3.answering import question_prompt
 from memory3.attention import Trace
 from memory3.decoder import Decoder
 from memory3.generation import Completion
+from memory3.scoring import interval
 from memory3.spec import Memory3Error
 
 if TYPE_CHECKING:
     from memory3.evaluate.reading import Score
+    from memory3.evaluate.retrieval import Found
 
 
 def _pyplot() -> Any:
@@ -102,6 +104,32 @@ def draw_curve(points: Sequence[tuple[int, Score]], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_retrieval(rows: Sequence[Found], path: Path) -> None:
+    """Draw recall@5 with intervals: a group of bars per dataset, a bar per retriever."""
+    pyplot = _pyplot()
+    names, datasets = (list(dict.fromkeys(v)) for v in zip(*((r.retriever, r.dataset) for r in rows), strict=True))
+    figure, axes = pyplot.subplots(figsize=(2.6 + 1.5 * len(datasets), 4), constrained_layout=True)
+    width = 0.8 / len(names)
+    for n, name in enumerate(names):
+        found = {row.dataset: row.recall(5) for row in rows if row.retriever == name}
+        means = [sum(found[d]) / len(found[d]) for d in datasets]
+        bounds = [interval(found[d]) for d in datasets]
+        errors = [
+            [m - b[0] for m, b in zip(means, bounds, strict=True)],
+            [b[1] - m for m, b in zip(means, bounds, strict=True)],
+        ]
+        places = [place + (n - (len(names) - 1) / 2) * width for place in range(len(datasets))]
+        axes.bar(places, means, width, yerr=errors, capsize=2, label=name)
+    axes.set_xticks(range(len(datasets)), [d.replace(" + ", " +\n") for d in datasets], fontsize=8)
+    axes.set_ylabel("recall@5")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(ncols=len(names), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
