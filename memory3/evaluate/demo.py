@@ -14,8 +14,10 @@ from rich.table import Table
 from memory3.answering import question_prompt
 from memory3.bank import Bank
 from memory3.decoder import Decoder
+from memory3.embedding import SentenceEmbedder, offline_available
 from memory3.evaluate.picture import draw_reading
 from memory3.generation import Completion, complete
+from memory3.manifest import MANIFEST
 from memory3.recall import Recall
 from memory3.scoring import exact_match
 from memory3.spec import BankMismatch, SourceError
@@ -58,13 +60,16 @@ def run_demo(decoder: Decoder, notes: Path, questions: Path, bank_path: Path, pi
 
 
 def _demo_bank(path: Path, decoder: Decoder) -> Bank:
-    """The bank of an earlier run, or a new one where there is none, or where another model or spec wrote it."""
+    """The bank of an earlier run, or a new one where there is none, or where another model or spec wrote it; with vectors where
+    the offline embedder is installed.
+    """
+    embedder = SentenceEmbedder() if offline_available() else None
     try:
-        return Bank(path, decoder, create=True)
+        return Bank(path, decoder) if (path / MANIFEST).exists() else Bank(path, decoder, create=True, embedder=embedder)
     except BankMismatch:
         Bank(path)  # a bank indeed, not a folder of something else
         shutil.rmtree(path)
-        return Bank(path, decoder, create=True)
+        return Bank(path, decoder, create=True, embedder=embedder)
 
 
 def ask_all(decoder: Decoder, questions: Path, recall: Recall) -> list[Asked]:
