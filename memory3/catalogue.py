@@ -139,6 +139,8 @@ class Catalogue:
                 )
         found: dict[str, list[Reference]] = {id: [] for id in wanted if id in texts}
         for id, source, start, end in sorted(self._spans(texts)):
+            if id not in found:  # a damaged value behind an index that is whole
+                raise unreadable(ValueError(f"source {source!r} names memory {id}, which was not asked for"))
             found[id].append(replace(texts[id], source=source, start=start, end=end))
         return {id: spans or [texts[id]] for id, spans in found.items()}
 

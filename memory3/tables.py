@@ -123,10 +123,8 @@ class Table:
         self._drop_versions(timedelta(0))
 
     def _drop_versions(self, older_than: timedelta) -> None:
-        """Only the one writer may: where all older versions go, files that no version names count as left behind."""
-        self.dataset().cleanup_old_versions(
-            older_than=older_than, delete_unverified=not older_than, error_if_tagged_old_versions=False
-        )
+        """Only the one writer may, for files that no version names go too: a writer that was killed has left them."""
+        self.dataset().cleanup_old_versions(older_than=older_than, delete_unverified=True, error_if_tagged_old_versions=False)
         self.raw.checkout_latest()
 
 

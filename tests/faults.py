@@ -81,7 +81,10 @@ def check(bank: Bank, there: set[int], gone: set[int], tally: Tally) -> None:
             tally.wrong += 1
     tally.left += sum(reference(n).id in known for n in gone)
     for n in random.Random(0).sample(sorted(gone), min(3, len(gone))):
-        tally.left += bool(traces_of(bank, text_of(n)))
+        traces = traces_of(bank, text_of(n))
+        if traces:
+            print(f"of {text_of(n)!r} is left: {traces}", file=sys.stderr)
+        tally.left += bool(traces)
 
 
 # ---- kills ----

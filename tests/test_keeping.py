@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import uuid
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -573,3 +574,27 @@ def test_missing_tables_are_a_bank_error_for_every_question(tmp_path: Path) -> N
     for look in (bank.versions, bank.tags, lambda: bank.version, lambda: bank.references([one.id]), lambda: bank.space):
         with pytest.raises(BankError, match="the tables cannot be read"):
             look()
+
+
+def test_files_that_a_killed_writer_left_go_with_the_next_refresh(tmp_path: Path) -> None:
+    bank, _ = filled(tmp_path, "one", SECRET)
+    bank.refresh()
+    table = tmp_path / "index.lance" / "memories.lance"
+    data, index = next((table / "data").iterdir()), next(p for p in (table / "_indices").iterdir() if p.is_dir())
+    stray = [
+        table / "data" / "0101010101010101010101010101010101010101010101010101.lance",
+        table / "_indices" / str(uuid.uuid4()),
+    ]
+    shutil.copy(data, stray[0])
+    shutil.copytree(index, stray[1])
+    bank.refresh()
+    assert not stray[0].exists() and not list(stray[1].rglob("*.lance"))
+    assert len(bank) == 2 and verify(bank).problems == []
+
+
+def test_a_source_of_another_memory_is_an_unreadable_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, (one, two) = filled(tmp_path, "one", "two")
+    wrong = [{"memory": two.id, "source": "notes.txt", "start": 0, "end": 1}]
+    monkeypatch.setattr(bank._catalogue._sources, "rows_with", lambda *arguments: iter(wrong))
+    with pytest.raises(BankError, match=f"names memory {two.id}, which was not asked for"):
+        bank.references([one.id])
