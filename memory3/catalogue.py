@@ -39,8 +39,8 @@ FOLDER = "index.lance"
 _TIES = 32
 KEPT_VERSIONS = timedelta(hours=1)
 _FILES_PER_QUERY = 128
-PROBED, REFINED = 32, 8
-"""Parts of an approximate index that a search looks at, and how many candidates per hit it compares exactly."""
+PROBED = 64
+"""Parts of an approximate index that a search looks at (of 1,000 for a million vectors; figures: docs/results.md)."""
 
 Span = tuple[str, str, int, int]
 """A row of `sources`: id of the memory, source, first character, character behind the last."""
@@ -184,7 +184,7 @@ class Catalogue:
     def nearest(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
         """For each vector `(Q, E)` the `k` memories with the largest cosine, then by id; those without a vector are not found.
 
-        Exact up to `FEWEST_FOR_ANN` memories; beyond, `PROBED` parts of the index are looked at, and the best are compared exactly.
+        Exact up to `FEWEST_FOR_ANN` memories; beyond, the vectors in the `PROBED` nearest parts of the index.
         """
         if k < 1:
             return [[] for _ in vectors]
@@ -384,6 +384,11 @@ class Catalogue:
                 found[index.field_names[0]] = found.get(index.field_names[0], 0) + sum(f.stat().st_size for f in files)
         return found
 
+    def index_words(self) -> None:
+        """Make the full-text index anew, for all texts at once."""
+        with writing(self.folder):
+            self._memories.index_words()
+
     def optimise(self, keep: timedelta = KEPT_VERSIONS) -> None:
         """Bring the indexes up to date, join small files, and drop versions of the tables older than `keep`, but for tagged ones."""
         with writing(self.folder):
@@ -408,7 +413,7 @@ _SPAN = ("memory", "source", "start", "end")
 
 
 def _nearest(table: Any, vector: np.ndarray, k: int) -> Any:
-    query = table.search(vector, vector_column_name=VECTOR).distance_type("dot").nprobes(PROBED).refine_factor(REFINED)
+    query = table.search(vector, vector_column_name=VECTOR).distance_type("dot").nprobes(PROBED)
     return query.select(["id", "_distance"]).limit(k).to_arrow()
 
 

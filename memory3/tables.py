@@ -93,6 +93,10 @@ class Table:
         for some in batches(list(dict.fromkeys(ids))):
             yield from self.rows(among(column, some), columns)
 
+    def index_words(self) -> None:
+        """Make the full-text index anew."""
+        self.raw.create_index("text", config=_words(), replace=True)
+
     def set_tag(self, name: str, version: int) -> None:
         """Name a version; one of that name that a kill left half made is replaced."""
         tags = self.dataset().tags
@@ -142,18 +146,26 @@ def create(database: Any, vector: pa.Field | None = None) -> None:
 
 def index(table: Any, name: str, replace: bool = False) -> None:
     """Make the indexes that a table lacks, or with `replace` all of them anew."""
-    from lancedb.index import FTS, BTree, IvfPq
+    from lancedb.index import BTree, IvfFlat
 
     wanted: dict[str, Any] = {
-        "memories": {"text": FTS(with_position=False), "id": BTree()},
+        "memories": {"text": _words(), "id": BTree()},
         "sources": {"memory": BTree()},
     }[name]
-    if name == "memories" and VECTOR in table.schema.names and table.count_rows(f"{VECTOR} IS NOT NULL") >= FEWEST_FOR_ANN:
-        wanted[VECTOR] = IvfPq(distance_type="dot")
+    vectors = table.count_rows(f"{VECTOR} IS NOT NULL") if name == "memories" and VECTOR in table.schema.names else 0
+    if vectors >= FEWEST_FOR_ANN:
+        parts = round(vectors**0.5)
+        wanted[VECTOR] = IvfFlat(distance_type="dot", num_partitions=parts, sample_rate=64, max_iterations=20)
     made = [column for existing in table.list_indices() for column in existing.columns]
     for column, config in wanted.items():
         if replace or column not in made:
             table.create_index(column, config=config, replace=replace)
+
+
+def _words() -> Any:
+    from lancedb.index import FTS
+
+    return FTS(with_position=False)
 
 
 def memories_schema(vector: pa.Field | None = None) -> pa.Schema:

@@ -143,8 +143,11 @@ def built(
         tell(start + len(some), len(names))
     if not spent["lexical"]:
         began = time.process_time()
-        catalogue.optimise()
+        catalogue.index_words()
         spent["lexical"] = time.process_time() - began
+        began = time.process_time()
+        catalogue.optimise()
+        spent["dense"] += time.process_time() - began
         note.write_text(json.dumps(spent))
     return catalogue, spent
 
