@@ -19,8 +19,8 @@ __all__ = ["RETRIEVERS", "Dense", "Hit", "Hybrid", "Internal", "Lexical", "Retri
 
 FUSED = 100
 """Hits of each list that a fusion looks at."""
-RRF = 60
-"""Constant of reciprocal rank fusion (Cormack, Clarke, Büttcher, SIGIR 2009)."""
+RRF = 3
+"""Constant of reciprocal rank fusion (Cormack, Clarke, Büttcher, SIGIR 2009, who take 60), by `memory3 eval fusion` (docs/results.md)."""
 
 
 class Searchable(Protocol):
@@ -84,7 +84,7 @@ class Dense(Retriever):
 
 
 class Hybrid(Retriever):
-    """Reciprocal rank fusion of `Lexical` and `Dense`: a hit scores `sum 1 / (60 + rank)` over the lists that hold it.
+    """Reciprocal rank fusion of `Lexical` and `Dense`: a hit scores `sum 1 / (3 + rank)` over the lists that hold it.
 
     Scores say how two ranks agree, not how close a text is; for a threshold take another retriever. Control: either list alone.
     """
@@ -137,12 +137,12 @@ def standardised(scores: Sequence[float]) -> list[float]:
     return [(score - mean) / deviation if deviation > 1e-9 else 0.0 for score in scores]
 
 
-def fused(lists: Sequence[Sequence[Hit]], k: int) -> list[Hit]:
+def fused(lists: Sequence[Sequence[Hit]], k: int, constant: int = RRF) -> list[Hit]:
     """The `k` best of several lists by reciprocal rank, then by id."""
     scores: dict[str, float] = {}
     for hits in lists:
         for rank, hit in enumerate(hits, 1):
-            scores[hit.id] = scores.get(hit.id, 0.0) + 1 / (RRF + rank)
+            scores[hit.id] = scores.get(hit.id, 0.0) + 1 / (constant + rank)
     return [Hit(id, score) for id, score in sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[: max(0, k)]]
 
 

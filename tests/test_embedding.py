@@ -87,14 +87,14 @@ def test_fusion_is_the_sum_of_reciprocal_ranks() -> None:
     from memory3.retrieval import Hit
 
     first, second = [Hit("a", 9.0), Hit("b", 8.0)], [Hit("b", 0.9), Hit("c", 0.8)]
-    assert fused([first, second], 9) == [Hit("b", 1 / 62 + 1 / 61), Hit("a", 1 / 61), Hit("c", 1 / 62)]
-    assert fused([first, []], 1) == [Hit("a", 1 / 61)]
+    assert fused([first, second], 9) == [Hit("b", 1 / 5 + 1 / 4), Hit("a", 1 / 4), Hit("c", 1 / 5)]
+    assert fused([first, []], 1, 60) == [Hit("a", 1 / 61)]
 
 
 def test_hybrid_finds_what_either_list_finds(tmp_path: Path) -> None:
     bank = made(tmp_path, FakeEmbedder())
     [hits] = Hybrid(bank).search([CORPUS[0]], 3)
-    assert hits[0].id == Reference(CORPUS[0]).id and hits[0].score == pytest.approx(2 / 61)
+    assert hits[0].id == Reference(CORPUS[0]).id and hits[0].score == pytest.approx(2 / 4)
 
 
 def test_another_embedder_is_refused_with_the_command_that_mends_it(tmp_path: Path) -> None:

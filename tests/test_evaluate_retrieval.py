@@ -14,6 +14,7 @@ from fakes import FakeEmbedder, tokenizer
 from memory3 import tables
 from memory3.catalogue import Hit
 from memory3.evaluate import ann, retrieval
+from memory3.evaluate.fusion import CONSTANTS, measure_fusion
 from memory3.evaluate.heads import measure_heads
 from memory3.evaluate.picture import draw_retrieval
 from memory3.evaluate.retrieval import Found, Question, built, documents_and_questions, measure_retrieval, ranks
@@ -155,3 +156,13 @@ def test_the_approximate_index_is_measured_against_exact_search(
     assert row[0] == "| 600" and row[1] == "4" and float(row[2].split()[0]) > 0.5 and int(row[5]) >= 0
     with pytest.raises(SourceError, match="run it first"):
         ann.measure_ann(data, tmp_path / "ann-600" / "none", FakeEmbedder(), 600, 0, lambda done, total: None)
+
+
+def test_constants_of_fusion_are_measured_on_train_questions(data: Path, tmp_path: Path) -> None:
+    with load() as decoder:
+        documents, _ = documents_and_questions(data)
+        built(documents, decoder.tokenizer, 128, tmp_path, FakeEmbedder(), lambda done, total: None)
+        found = measure_fusion(decoder, data, tmp_path, FakeEmbedder(), 9, 0, lambda done, total: None)
+        assert set(found) == set(CONSTANTS) and all(0 < recall <= 1 for recall in found.values())
+        with pytest.raises(SourceError, match="run it first"):
+            measure_fusion(decoder, data, tmp_path / "none", FakeEmbedder(), 9, 0, lambda done, total: None)

@@ -25,7 +25,7 @@ ROWS = [
     ["train.tokenizer", "train.loop", "train.initialise", "train.questions"],
     ["train.passages"],
     ["train.reading", "train.sequences", "evaluate.reading", "evaluate.retrieval"],
-    ["train.recipe", "evaluate.picture", "evaluate.heads", "evaluate.ann"],
+    ["train.recipe", "evaluate.picture", "evaluate.heads", "evaluate.ann", "evaluate.fusion"],
     ["train.stages", "evaluate.demo"],
     ["cli.common"],
     ["cli.commands", "cli.bank"],

@@ -297,7 +297,7 @@ def evaluate(
         str,
         typer.Argument(
             help="reading: each format; slots: the curve over tokens per head; selections: each at this budget; "
-            "context: writing in context beside plain writing; heads: which of them find references; retrieval: is the right reference found; ann: the "
+            "context: writing in context beside plain writing; heads: which of them find references; retrieval: is the right reference found; fusion: its constant; ann: the "
             "approximate index at --limit vectors."
         ),
     ],
@@ -330,6 +330,13 @@ def evaluate(
                 from memory3.evaluate.picture import draw_retrieval
 
                 draw_retrieval(found, out)
+            return
+        if what == "fusion":
+            from memory3.embedding import OFFLINE, SentenceEmbedder
+            from memory3.evaluate.fusion import measure_fusion
+
+            chosen = SentenceEmbedder(embedder or OFFLINE, device, dtype or "float32")
+            measure_fusion(decoder, data, work, chosen, limit, seed, tell)
             return
         if what == "ann":
             from memory3.embedding import OFFLINE, SentenceEmbedder

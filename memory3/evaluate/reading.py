@@ -264,7 +264,7 @@ def measure(
     """Print a Markdown table of `reading`, `slots`, `selections` or `context`; draw the curve where `out` says."""
     tables = {"reading": formats, "selections": selections, "context": contexts}
     if what not in (*tables, "slots"):
-        raise SourceError(f"found eval {what!r}, expected reading, slots, selections, context, heads, retrieval or ann")
+        raise SourceError(f"found eval {what!r}, expected reading, slots, selections, context, heads, retrieval, fusion or ann")
     cases = short_cases(decoder, dev_cases(decoder, data, limit, seed, inside=what == "context"))
     if what == "slots":
         points = curve(decoder, cases, tell)

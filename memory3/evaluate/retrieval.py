@@ -90,8 +90,8 @@ def _with_interval(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
-def documents_and_questions(data: Path) -> tuple[dict[str, str], list[Question]]:
-    """All passages and the distinct passages of the questions, by name; and the dev questions."""
+def documents_and_questions(data: Path, of: str = "dev") -> tuple[dict[str, str], list[Question]]:
+    """All passages and the distinct passages of the questions, by name; and the questions of a split."""
     import pyarrow.parquet as pq
 
     for file in (data / "passages.parquet", data / "qa.parquet"):
@@ -108,7 +108,7 @@ def documents_and_questions(data: Path) -> tuple[dict[str, str], list[Question]]
         if name is None:
             name = named[text] = f"qa/{n}"
             documents[name] = text
-        if row["split"] == "dev":
+        if row["split"] == of:
             answers = tuple(answer.strip() for answer in row["answers"] if answer.strip())
             questions.append(Question(row["dataset"], row["question"].strip(), answers, name))
     return documents, questions
