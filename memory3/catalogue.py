@@ -39,8 +39,9 @@ FOLDER = "index.lance"
 _TIES = 32
 KEPT_VERSIONS = timedelta(hours=1)
 _FILES_PER_QUERY = 128
-PROBED = 64
-"""Parts of an approximate index that a search looks at (of 1,000 for a million vectors; figures: docs/results.md)."""
+PROBED, REFINED = 112, 6
+"""Parts of an approximate index that a search looks at (of 1,000 for a million vectors), and how many candidates per hit it then compares
+exactly (figures: docs/results.md)."""
 
 Span = tuple[str, str, int, int]
 """A row of `sources`: id of the memory, source, first character, character behind the last."""
@@ -184,7 +185,7 @@ class Catalogue:
     def nearest(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
         """For each vector `(Q, E)` the `k` memories with the largest cosine, then by id; those without a vector are not found.
 
-        Exact up to `FEWEST_FOR_ANN` memories; beyond, the vectors in the `PROBED` nearest parts of the index.
+        Exact up to `FEWEST_FOR_ANN` memories; beyond, the best of the `PROBED` nearest parts of the index.
         """
         if k < 1:
             return [[] for _ in vectors]
@@ -413,7 +414,7 @@ _SPAN = ("memory", "source", "start", "end")
 
 
 def _nearest(table: Any, vector: np.ndarray, k: int) -> Any:
-    query = table.search(vector, vector_column_name=VECTOR).distance_type("dot").nprobes(PROBED)
+    query = table.search(vector, vector_column_name=VECTOR).distance_type("dot").nprobes(PROBED).refine_factor(REFINED)
     return query.select(["id", "_distance"]).limit(k).to_arrow()
 
 

@@ -146,7 +146,7 @@ def create(database: Any, vector: pa.Field | None = None) -> None:
 
 def index(table: Any, name: str, replace: bool = False) -> None:
     """Make the indexes that a table lacks, or with `replace` all of them anew."""
-    from lancedb.index import BTree, IvfFlat
+    from lancedb.index import BTree, IvfRq
 
     wanted: dict[str, Any] = {
         "memories": {"text": _words(), "id": BTree()},
@@ -155,7 +155,7 @@ def index(table: Any, name: str, replace: bool = False) -> None:
     vectors = table.count_rows(f"{VECTOR} IS NOT NULL") if name == "memories" and VECTOR in table.schema.names else 0
     if vectors >= FEWEST_FOR_ANN:
         parts = round(vectors**0.5)
-        wanted[VECTOR] = IvfFlat(distance_type="dot", num_partitions=parts, sample_rate=64, max_iterations=20)
+        wanted[VECTOR] = IvfRq(distance_type="dot", num_partitions=parts, sample_rate=64, max_iterations=20)
     made = [column for existing in table.list_indices() for column in existing.columns]
     for column, config in wanted.items():
         if replace or column not in made:
