@@ -37,7 +37,7 @@ def bank(tmp_path: Path, model: Path) -> Path:
     notes.mkdir()
     for n, fact in enumerate(FACTS):
         (notes / f"{n}.txt").write_text(fact)
-    run("write", notes, "--bank", tmp_path / "bank", "--model", model)
+    run("write", notes, "--bank", tmp_path / "bank", "--model", model, "--embedder", "none")
     return tmp_path / "bank"
 
 
@@ -87,7 +87,7 @@ def test_questions_of_a_file_are_answered_in_order_whatever_the_batch(tmp_path: 
 
 
 def test_several_banks_are_recalled_from_together(tmp_path: Path, bank: Path, model: Path) -> None:
-    run("write", "-", "--bank", tmp_path / "own", "--model", model, text="Pepper was weighed in a tower.")
+    run("write", "-", "--bank", tmp_path / "own", "--model", model, "--embedder", "none", text="Pepper was weighed in a tower.")
     [both] = documents("ask", "Which tower?", "--bank", bank, "--bank", tmp_path / "own", "--model", model, "--max-tokens", 2)
     assert {c["text"] for c in both["citations"]} == {FACTS[0], "Pepper was weighed in a tower."}
     assert {Path(c["source"]).name for c in both["citations"]} == {"0.txt", "stdin"}
