@@ -219,7 +219,7 @@ _splitters: WeakKeyDictionary[Any, dict[tuple[int, int, bool], Any]] = WeakKeyDi
 
 def _splitter(tokenizer: Any, length: int, markdown: bool) -> Any:
     """The library's splitter, kept as long as its tokenizer lives: making one copies the vocabulary, 15 ms for 8,192 words."""
-    made, key = _splitters.setdefault(tokenizer, {}), (len(tokenizer), length, markdown)
+    made, key = _splitters.setdefault(tokenizer, {}), (tokenizer.backend_tokenizer.get_vocab_size(), length, markdown)
     if key not in made:
         from semantic_text_splitter import MarkdownSplitter, TextSplitter
 

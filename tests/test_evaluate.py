@@ -110,7 +110,10 @@ def test_a_part_of_a_score_has_its_own_mean() -> None:
     assert score.part("some", [False, True, False]).row() == "| some | 1 | 0.0 [0.0, 0.0] | 50.0 [50.0, 50.0] |"
 
 
-def test_the_demo_writes_asks_and_draws_and_starts_anew_for_another_model(decoder: Decoder, tmp_path: Path) -> None:
+def test_the_demo_writes_asks_and_draws_and_starts_anew_for_another_model(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memory3.evaluate.demo.offline_available", lambda: False)  # a hit is counted: words alone
     notes, questions, picture = tmp_path / "notes", tmp_path / "questions.jsonl", tmp_path / "demo.png"
     notes.mkdir()
     (notes / "tower.md").write_text("# Tower\n\nThe tower was completed in 1889.")

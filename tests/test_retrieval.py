@@ -22,7 +22,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     return made
 
 
-@pytest.mark.parametrize("name", sorted(RETRIEVERS))
+@pytest.mark.parametrize("name", sorted(set(RETRIEVERS) - {"internal"}))  # that one needs a real model: test_internal.py
 def test_the_text_that_shares_the_words_comes_first(bank: Bank, name: str) -> None:
     found = RETRIEVERS[name](bank).search([f"I ask: {text[:30]}" for text in CORPUS], 2)
     assert [hits[0].id for hits in found] == [Reference(text).id for text in CORPUS]
