@@ -52,8 +52,9 @@ class Stretch:
 def stretches(references: Iterable[Reference], writer: ContextWriter) -> Iterator[Stretch]:
     """Cut the references of each document into stretches that fit the model's window.
 
-    References of a document must follow each other; one document is held at a time. A document that does not fit begins its next stretch with the references that
-    filled the last quarter of the window, so that all but the first of a document see at least something before them.
+    References of a document must follow each other; one document is held at a time. A document that does not fit begins its next
+    stretch with the references that filled the last quarter of the window, so that all but the first of a document see at least
+    something before them.
     """
     for _, document in groupby(references, key=lambda reference: reference.source):
         yield from _of_document(list(document), writer)

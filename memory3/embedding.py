@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
+from memory3.quiet import without_bars
 from memory3.spec import BankError, BankMismatch
 
 if TYPE_CHECKING:
@@ -108,25 +109,20 @@ class SentenceEmbedder:
         if find_spec("sentence_transformers") is None:
             raise BankError("found no sentence-transformers, expected it to search by meaning: pip install 'memory3[dense]'")
         from sentence_transformers import SentenceTransformer
-        from transformers.utils import logging as transformers_logging
 
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
         try:
-            return SentenceTransformer(
-                _place_of(self.name),
-                device=self.device,
-                trust_remote_code=False,
-                model_kwargs={"use_safetensors": True, "dtype": self.dtype},
-            )
+            with without_bars():
+                return SentenceTransformer(
+                    _place_of(self.name),
+                    device=self.device,
+                    trust_remote_code=False,
+                    model_kwargs={"use_safetensors": True, "dtype": self.dtype},
+                )
         except (OSError, ValueError, RuntimeError, AssertionError, KeyError) as error:  # a device, a folder of something else
             reason = str(error).strip().splitlines()[0]
             raise BankError(
                 f"found no embedder {self.name!r} ({reason}), expected {OFFLINE}, a folder of a sentence-transformers model, or a hub name"
             ) from None
-        finally:
-            if bars:
-                transformers_logging.enable_progress_bar()
 
 
 def _place_of(name: str) -> str:

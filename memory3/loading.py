@@ -11,6 +11,7 @@ from typing import Any
 
 from memory3.decoder import Decoder, attach
 from memory3.identity import weights_fingerprint
+from memory3.quiet import without_bars
 from memory3.spec import Memory3Error, MemorySpec
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -52,22 +53,17 @@ def load(
     options |= {} if dtype is None else {"dtype": dtype}
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
     name = str(model if model is not None else default_model())
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        loaded = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **options).eval()
+        with without_bars():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            loaded = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **options).eval()
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"found no model at {name!r} ({reason}), expected a folder with config.json, tokenizer and *.safetensors, or a hub name"
         ) from None
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     if "device_map" not in options:
         loaded = _placed(loaded, device)
     decoder = attach(loaded, tokenizer, spec)

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from statistics import fmean, pstdev
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from memory3.catalogue import Hit
 from memory3.decoder import Decoder
@@ -59,6 +59,11 @@ class Retriever(ABC):
         bank: the bank to search.
     """
 
+    searches: ClassVar[tuple[str, ...]] = ("lexical",)
+    """Which indexes of a bank it goes through, `lexical` and `dense`: what `memory3 eval retrieval` counts as its cost."""
+    reads_memories: ClassVar[bool] = False
+    """Whether it reads key-values to find references."""
+
     def __init__(self, bank: Searchable) -> None:
         self.bank = bank
 
@@ -77,6 +82,8 @@ class Lexical(Retriever):
 class Dense(Retriever):
     """Cosine of sentence embeddings, by the embedder of the bank. Source: paper 3.2. Control: `Lexical`."""
 
+    searches = ("dense",)
+
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         asked = [query for query in queries if _has_words(query)]
         found = iter(self.bank.nearest([query.encode("utf-8", "replace").decode() for query in asked], k))
@@ -88,6 +95,8 @@ class Hybrid(Retriever):
 
     Scores say how two ranks agree, not how close a text is; for a threshold take another retriever. Control: either list alone.
     """
+
+    searches = ("lexical", "dense")
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         wanted = max(k, FUSED)
@@ -108,6 +117,8 @@ class Internal(Retriever):
     Raises:
         BankError: the bank was opened without its model.
     """
+
+    reads_memories = True
 
     def __init__(self, bank: Searchable, weight: float = 1.0) -> None:
         super().__init__(bank)

@@ -119,7 +119,7 @@ def _push_to_store(bank: Bank, files: dict[str, Path], listing: Listing, target:
         there = {str(o["path"]) for some in obstore.list(store) for o in some}
         ours = {name for name in there if is_ours(name)}
         held = fetched(store, target, MANIFEST) if MANIFEST in ours else None
-        _refuse_foreign(bank, files, there - {LISTING}, ours, held, target)
+        _refuse_foreign(files, there - {LISTING}, ours, held, target)
         known = _listed(store, target) if LISTING in there else {}
         changed = sorted((n for n in listing if n not in ours or known.get(n) != listing[n]), key=_rank)
         total, sent = sum(listing[name][0] for name in changed), 0
@@ -138,9 +138,7 @@ def _push_to_store(bank: Bank, files: dict[str, Path], listing: Listing, target:
     return sent
 
 
-def _refuse_foreign(
-    bank: Bank, files: dict[str, Path], there: set[str], ours: set[str], held: bytes | None, target: str
-) -> None:
+def _refuse_foreign(files: dict[str, Path], there: set[str], ours: set[str], held: bytes | None, target: str) -> None:
     """Only nothing, or this bank in a state that is not later than this one, may be replaced."""
     if held is None:
         if there - ours or (ours and not ours & set(files)):
@@ -211,7 +209,7 @@ def _push_to_hub(
         held = None
         if MANIFEST in ours:
             held = Path(hub.hf_hub_download(repository, MANIFEST, repo_type="dataset")).read_bytes()
-        _refuse_foreign(bank, files, there - {LISTING, CARD, ".gitattributes"}, ours, held, target)
+        _refuse_foreign(files, there - {LISTING, CARD, ".gitattributes"}, ours, held, target)
         added = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
         added += [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
         gone = [CommitOperationDelete(name) for name in sorted(ours - set(files))]

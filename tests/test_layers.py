@@ -11,7 +11,7 @@ import memory3
 
 PACKAGE = Path(memory3.__file__).parent
 ROWS = [
-    ["spec"],
+    ["spec", "quiet"],
     ["attention", "rotation", "identity", "selection", "codec", "documents", "shards", "embedding", "tables", "context"],
     ["family", "states", "manifest", "splitting"],
     ["catalogue"],
@@ -24,7 +24,8 @@ ROWS = [
     ["answering"],
     ["train.tokenizer", "train.loop", "train.initialise", "train.questions"],
     ["train.passages"],
-    ["train.reading", "train.sequences", "evaluate.reading", "evaluate.retrieval"],
+    ["train.reading", "train.sequences", "evaluate.reading"],
+    ["evaluate.retrieval"],
     ["train.recipe", "evaluate.picture", "evaluate.heads", "evaluate.ann", "evaluate.fusion"],
     ["train.stages", "evaluate.demo"],
     ["cli.common"],

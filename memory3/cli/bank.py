@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from memory3.cli.common import Device, Dtype, Embedder, Json, Model, TokensPerHead, decoder_of, progress
+
+if TYPE_CHECKING:
+    from memory3.bank import Bank
 
 bank_app = typer.Typer(no_args_is_help=True, help="Look at a bank, forget, check, compact, export and import.")
 FAULTY = 4
@@ -220,8 +223,7 @@ def import_(
 
     with progress("importing") as tell:
         opened = import_bank(file, bank, tell)
-    found: dict[str, Any] = {"references": len(opened), "path": str(bank)}
-    print(json.dumps(found) if as_json else f"{found['references']} memories in {bank}")
+    _say_made(opened, bank, as_json)
 
 
 @bank_app.command()
@@ -252,8 +254,13 @@ def pull(
 
     with progress("pulling") as tell:
         opened = pull_bank(source, bank, tell)
-    found: dict[str, Any] = {"references": len(opened), "path": str(bank)}
-    print(json.dumps(found) if as_json else f"{found['references']} memories in {bank}")
+    _say_made(opened, bank, as_json)
+
+
+def _say_made(opened: Bank, path: Path, as_json: bool) -> None:
+    """What `import` and `pull` say of the new bank."""
+    count = len(opened)
+    print(json.dumps({"references": count, "path": str(path)}) if as_json else f"{count} memories in {path}")
 
 
 @bank_app.command()

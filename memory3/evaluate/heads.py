@@ -14,7 +14,8 @@ from torch import Tensor
 
 from memory3.catalogue import FOLDER, Catalogue, Entry
 from memory3.decoder import Decoder
-from memory3.evaluate.retrieval import Question, document_of, references_of, right_references
+from memory3.evaluate.reading import document_of
+from memory3.evaluate.retrieval import Question, references_of, right_references
 from memory3.internal import Attention
 from memory3.scoring import interval
 from memory3.spec import SourceError

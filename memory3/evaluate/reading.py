@@ -111,10 +111,15 @@ def dev_cases(decoder: Decoder, data: Path, limit: int, seed: int = 0, inside: b
     return cases
 
 
+def document_of(title: str | None, text: str) -> str:
+    """A passage under its title, as Markdown."""
+    heading = (title or "").replace("_", " ")
+    return f"# {heading}\n\n{text}" if heading else text
+
+
 def _to_gold(decoder: Decoder, row: dict[str, Any]) -> list[str]:
     """The references of a document up to the first that holds an answer; none where none does."""
-    title = (row["title"] or "").replace("_", " ")
-    text = f"# {title}\n\n{row['passage']}" if title else row["passage"]
+    text = document_of(row["title"], row["passage"])
     pieces = [p.text for p in split(text, decoder.tokenizer, length=decoder.spec.reference_length)]
     gold = next((n for n, p in enumerate(pieces) for a in row["answers"] if a.strip() and a.strip() in p), None)
     return [] if gold is None else pieces[: gold + 1]

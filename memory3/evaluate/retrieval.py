@@ -13,6 +13,7 @@ from typing import Any
 from memory3.catalogue import FOLDER, Catalogue, Entry, Hit
 from memory3.decoder import Decoder
 from memory3.embedding import Embedder, VectorSpace
+from memory3.evaluate.reading import document_of
 from memory3.retrieval import RETRIEVERS, Retriever
 from memory3.scoring import interval
 from memory3.spec import Memory, Reference, SourceError, SpecError
@@ -24,7 +25,6 @@ DEPTH = 20
 TOGETHER = ("squad", "popqa", "simplequestions")
 """Datasets whose questions can be answered from one passage and name what they ask for."""
 COUNTED = "build.json"
-_SEARCHED = {"lexical": ("lexical",), "dense": ("dense",), "hybrid": ("lexical", "dense"), "internal": ("lexical",)}
 _MOST_HELD = 20_000
 _AT_ONCE = 1024
 _QUESTIONS_AT_ONCE = 64
@@ -112,12 +112,6 @@ def documents_and_questions(data: Path, of: str = "dev") -> tuple[dict[str, str]
             answers = tuple(answer.strip() for answer in row["answers"] if answer.strip())
             questions.append(Question(row["dataset"], row["question"].strip(), answers, name))
     return documents, questions
-
-
-def document_of(title: str | None, text: str) -> str:
-    """A passage under its title, as Markdown."""
-    heading = (title or "").replace("_", " ")
-    return f"# {heading}\n\n{text}" if heading else text
 
 
 def built(
@@ -234,8 +228,8 @@ def measure_retrieval(
 ) -> list[Found]:
     """Print a Markdown table: a row per retriever and dataset, and one for the datasets of `TOGETHER`.
 
-    `internal` is asked `limit` questions of each dataset only, beside `lexical`: here the memories of its candidates are encoded
-    on the way.
+    A retriever that reads memories (`internal`) is asked `limit` questions of each dataset only, beside `lexical`: here the memories
+    of its candidates are encoded on the way.
     """
     unknown = set(names or ()) - set(RETRIEVERS)
     if unknown:
@@ -253,11 +247,11 @@ def measure_retrieval(
     rows = []
     sizes = index_bytes(catalogue)
     for name in names or RETRIEVERS:
-        kinds = _SEARCHED[name]
+        kinds = RETRIEVERS[name].searches
         size, build = sum(sizes[kind] for kind in kinds), sum(spent[kind] for kind in kinds)
         warm = RETRIEVERS[name](Tables(catalogue, embedder, decoder))
         warm.search([question.text for question in questions[:8]], DEPTH)
-        asked = _some_of(questions, limit) if name == "internal" else list(range(len(questions)))
+        asked = _some_of(questions, limit) if RETRIEVERS[name].reads_memories else list(range(len(questions)))
         some, wanted = [questions[n] for n in asked], [right[n] for n in asked]
         ways = {name: warm}
         if len(some) < len(questions):

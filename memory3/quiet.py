@@ -1,0 +1,20 @@
+"""Loading without the progress bars of transformers, which would stand between our own lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No bars inside the block; then as before."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
