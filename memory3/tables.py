@@ -18,8 +18,8 @@ VECTOR = "vector"
 """Column of `memories` that only banks with an embedder have."""
 CONTEXT = "context"
 """Column of `memories` that only banks have where a memory saw its surroundings."""
-FEWEST_FOR_ANN = 262_144
-"""Vectors from which on an approximate index is built; below, exact search is as fast (docs/retrieval.md)."""
+FEWEST_FOR_ANN = 32_768
+"""Vectors from which on an approximate index is built; figures on both sides of it stand in docs/results.md."""
 _IDS_PER_QUERY = 1024
 _ATTEMPTS = 4
 _ID = re.compile(r"[0-9a-f]{32}")
