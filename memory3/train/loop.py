@@ -59,7 +59,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run a stage. `minutes` stops it cleanly with a checkpoint; run the same command again to go on."""
+    """How to run a stage. `minutes` stops it cleanly with a checkpoint; run the same command again to go on.
+
+    The embeddings learn at `embedding_rate` times the rate of the rest.
+    """
 
     folder: Path
     schedule: Schedule
@@ -70,6 +73,7 @@ class Settings:
     minutes: float | None = None
     precision: str = "bf16"
     stop_at: int | None = None
+    embedding_rate: float = 1.0
 
 
 Report = Callable[[dict[str, float]], None]
@@ -91,7 +95,7 @@ def run(decoder: Decoder, objective: Objective, settings: Settings, report: Repo
     _keep_freed_memory()
     accelerator = Accelerator(mixed_precision=settings.precision, cpu=not torch.cuda.is_available())
     decoder.model.to(accelerator.device)
-    optimizer = torch.optim.AdamW(_groups(decoder.model, settings.weight_decay), lr=settings.schedule.peak, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(_groups(decoder.model, settings), lr=settings.schedule.peak, betas=(0.9, 0.95))
     step = _resume(decoder.model, optimizer, settings.folder)
     optimizer = accelerator.prepare(optimizer)
     start, window = time.monotonic(), _Window()
@@ -99,7 +103,7 @@ def run(decoder: Decoder, objective: Objective, settings: Settings, report: Repo
     last = min(settings.schedule.steps, settings.stop_at or settings.schedule.steps)
     while step < last:
         for group in optimizer.param_groups:
-            group["lr"] = settings.schedule.rate(step)
+            group["lr"] = settings.schedule.rate(step) * group["factor"]
         with accelerator.autocast():
             loss, figures = objective.loss(decoder, objective.batch(step), step)
         if not torch.isfinite(loss):
@@ -161,11 +165,19 @@ class _Window:
         return means
 
 
-def _groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _groups(model: Any, settings: Settings) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (norms, biases) do not; embeddings have a rate of their own."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    words = model.get_input_embeddings().weight
+    return [
+        {"params": [p for p in learned if p.ndim >= 2 and p is not words], "weight_decay": settings.weight_decay, "factor": 1.0},
+        {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0, "factor": 1.0},
+        {
+            "params": [p for p in learned if p is words],
+            "weight_decay": settings.weight_decay * settings.embedding_rate,
+            "factor": settings.embedding_rate,
+        },
+    ]
 
 
 # ---- checkpoints ----

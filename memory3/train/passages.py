@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -53,6 +53,12 @@ class Window:
             found[start:end] = [n] * (end - start)
         return found
 
+    def sentence_at(self, place: int) -> list[int]:
+        """The tokens of the sentence around a character."""
+        ends = [0, *(m.end() for m in _SENTENCE.finditer(self.text)), len(self.text)]
+        last = next((n for n, end in enumerate(ends) if end > place), len(ends) - 1)
+        return sorted({n for n in self.token_at[ends[max(0, last - 1)] : ends[last]] if n >= 0})
+
     def places_of(self, answer: str) -> list[int]:
         """Where an answer begins, as character offsets."""
         return [m.start() for m in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", self.text)]
@@ -63,11 +69,13 @@ class Context:
     """A prompt with its target, and where in the reference each token of the target stands.
 
     `pointers[i]` are the reference's tokens that target token `i` may be read from; none for the end of a sequence.
+    `sentence` are those of the sentence around the first of them.
     """
 
     ids: list[int]
     target_start: int
     pointers: list[list[int]]
+    sentence: list[int] = field(default_factory=list)
 
 
 class ContextMaker:
@@ -143,7 +151,7 @@ class ContextMaker:
             held = [window.token_at[place + first - shift] for place in places if place + first - shift < len(window.text)]
             pointers.append(sorted({n for n in held if n >= 0}))
         ids = [*prompt_ids, *made["input_ids"], *([self.eos] if end else [])][: LONGEST_PROMPT + 8]
-        return Context(ids, len(prompt_ids), pointers[: len(ids) - len(prompt_ids)])
+        return Context(ids, len(prompt_ids), pointers[: len(ids) - len(prompt_ids)], window.sentence_at(places[0] + 1 - shift))
 
 
 def window_of(decoder: Decoder, passage: Passage, answer: str | None, rng: random.Random, budget: int) -> Window:

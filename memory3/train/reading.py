@@ -26,6 +26,10 @@ LEAST_MASS = 1e-3
 """A pointer that gets less counts as this much: selection may have dropped its token."""
 
 
+GROUPS = 3
+"""The contexts of a batch run in so many passes, by length."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """How the mixture looks up to a step. Shares and slots are `(value, weight)` pairs.
@@ -41,6 +45,7 @@ class Phase:
     asked_share: float
     reference_loss: float = 0.0
     pointer_loss: float = 0.5
+    sentence_loss: float = 0.0
     text_share: float = 0.0
     closed_share: float = 0.03
     neighbour: float = 0.0
@@ -124,27 +129,47 @@ class ReadingObjective:
         if batch.mode == "text":
             return self._text_loss(decoder, batch)
         view = decoder.using(replace(decoder.spec, tokens_per_head=batch.slots))
-        assert view.spec.layers is not None
-        layout = view.layout([c.ids for c in batch.contexts], padding_side="right")
-        reading, extra, figures = None, torch.zeros(()), {}
+        total, figures, stack = torch.zeros((), device=view.device), {}, None
         if batch.mode == "memory":
             stack, states = view.stack_with_states(batch.references, through=phase.reference_loss > 0)
             if states is not None:
                 reference = _reference_loss(view, states, batch)
-                extra, figures["reference"] = extra + phase.reference_loss * reference, float(reference.detach())
-            trace = Trace(tokens_too=True, gradient=True, layers=view.spec.layers[-1:]) if phase.pointer_loss else None
-            table = table_of(batch)
+                total, figures["reference"] = total + phase.reference_loss * reference, float(reference.detach())
+        table = table_of(batch)
+        for group in by_length(batch.contexts, GROUPS):
+            part = replace(batch, contexts=[batch.contexts[n] for n in group], about=[batch.about[n] for n in group])
+            loss, found = self._read(view, part, stack, table[group], phase)
+            share = len(group) / len(batch.contexts)
+            total = total + share * loss
+            for name, value in found.items():
+                figures[name] = figures.get(name, 0.0) + share * value
+        if batch.mode == "memory":
+            figures[f"exact_{batch.slots or 'all'}x{batch.read}"] = figures["memory_exact"]
+        return total, figures
+
+    def _read(
+        self, view: Decoder, batch: Batch, stack: MemoryStack | None, table: Tensor, phase: Phase
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The losses of some of a batch's contexts, which read `table` `(B, R)` of the stack."""
+        assert view.spec.layers is not None
+        layout = view.layout([c.ids for c in batch.contexts], padding_side="right")
+        starts = [len(view.prefix_ids) + c.target_start for c in batch.contexts]
+        pointing, finding = view.spec.layers[-1], view.spec.layers[-2:-1]
+        reading = None
+        if stack is not None:
+            watched = ((pointing,) if phase.pointer_loss else ()) + (finding if phase.sentence_loss else ())
+            trace = Trace(tokens_too=True, gradient=True, layers=watched) if watched else None
             reading = Reading(stack, table[:, None].to(view.device), layout.chunks, view.spec, trace)
         states = view.forward(layout, reading, base=True).last_hidden_state
-        starts = [len(view.prefix_ids) + c.target_start for c in batch.contexts]
-        target, found = _target_loss(view, states, batch.contexts, starts)
-        if reading is not None and reading.trace is not None:
+        loss, found = _target_loss(view, states, batch.contexts, starts)
+        figures = {f"{batch.mode}_{name}": value for name, value in [("target", float(loss.detach())), *found.items()]}
+        if reading is not None and phase.pointer_loss:
             pointer = pointer_loss(view, reading, batch, table, starts)
-            extra, figures["pointer"] = extra + phase.pointer_loss * pointer, float(pointer.detach())
-        figures |= {f"{batch.mode}_{name}": value for name, value in [("target", float(target.detach())), *found.items()]}
-        if batch.mode == "memory":
-            figures[f"exact_{batch.slots or 'all'}x{batch.read}"] = found["exact"]
-        return target + extra, figures
+            loss, figures["pointer"] = loss + phase.pointer_loss * pointer, float(pointer.detach())
+        if reading is not None and phase.sentence_loss and finding:
+            sentence = sentence_loss(view, reading, batch, table, starts)
+            loss, figures["sentence"] = loss + phase.sentence_loss * sentence, float(sentence.detach())
+        return loss, figures
 
     def _text_loss(self, decoder: Decoder, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The same contexts behind the same references as plain text: the control must be able to read too."""
@@ -176,6 +201,13 @@ def table_of(batch: Batch) -> Tensor:
     return torch.tensor(rows)
 
 
+def by_length(contexts: Sequence[Context], groups: int) -> list[list[int]]:
+    """The contexts' numbers in `groups` parts of like length, so that little of a part is padding."""
+    order = sorted(range(len(contexts)), key=lambda n: len(contexts[n].ids))
+    size = -(-len(order) // groups)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def pointer_loss(decoder: Decoder, reading: Reading, batch: Batch, table: Tensor, starts: Sequence[int]) -> Tensor:
     """Mean negative log `()` of the joint attention that the first query head of each kv head of the last memory layer
     pays to the tokens that a target token stands at; weighted as in `_weights`.
@@ -187,17 +219,48 @@ def pointer_loss(decoder: Decoder, reading: Reading, batch: Batch, table: Tensor
         table: `(B, R)` references of each context.
         starts: place of each target in the layout.
     """
-    assert decoder.spec.layers is not None and reading.trace is not None
-    layer = decoder.spec.layers[-1]
+    assert decoder.spec.layers is not None
+    wanted = [
+        (b, start + n - 1, tokens, share)
+        for b, (context, start) in enumerate(zip(batch.contexts, starts, strict=True))
+        for n, (tokens, share) in enumerate(zip(context.pointers, _weights(len(context.pointers)), strict=True))
+    ]
+    return _attended(decoder, reading, decoder.spec.layers[-1], batch, table, wanted)
+
+
+def sentence_loss(decoder: Decoder, reading: Reading, batch: Batch, table: Tensor, starts: Sequence[int]) -> Tensor:
+    """The same for the memory layer before, whose heads are taught to find the sentence that holds the answer: `()`, from
+    the last token of the prompt. One has to find the place before one can point.
+    """
+    assert decoder.spec.layers is not None
+    wanted = [(b, start - 1, c.sentence, 1.0) for b, (c, start) in enumerate(zip(batch.contexts, starts, strict=True))]
+    return _attended(decoder, reading, decoder.spec.layers[-2], batch, table, wanted)
+
+
+def _attended(
+    decoder: Decoder,
+    reading: Reading,
+    layer: int,
+    batch: Batch,
+    table: Tensor,
+    wanted: Sequence[tuple[int, int, Sequence[int], float]],
+) -> Tensor:
+    """Weighted mean `()` of the negative log mass that queries pay to tokens of their reference.
+
+    `wanted` are rows of context, query, tokens of the reference (none: left out) and weight.
+    """
+    assert reading.trace is not None
     weights = reading.trace.tokens[layer]  # (B, Q, heads, R, K)
     rows: list[tuple[int, int, int, int, int, int]] = []  # pointed token, context, query, place in the table, reference, token
     weight: list[float] = []
-    for b, (context, start, own) in enumerate(zip(batch.contexts, starts, batch.about, strict=True)):
-        place = table[b].tolist().index(own)
-        for n, (tokens, share) in enumerate(zip(context.pointers, _weights(len(context.pointers)), strict=True)):
-            if tokens:
-                rows += [(len(weight), b, start + n - 1, place, own, token) for token in tokens]
-                weight.append(share)
+    for b, query, tokens, share in wanted:
+        if tokens:
+            own = batch.about[b]
+            place = table[b].tolist().index(own)
+            rows += [(len(weight), b, query, place, own, token) for token in tokens]
+            weight.append(share)
+    if not rows:
+        return weights.new_zeros(())
     pointed, b, query, place, own, token = torch.tensor(rows, device=weights.device).T
     paid = weights[b, query, :, place].unflatten(1, (len(decoder.spec.heads_of(layer)), -1))[:, :, 0]  # (E, heads, K)
     mass = (paid * _stands_at(reading.stack, decoder.spec.rows_of(layer), own, token)).sum(-1).mean(-1)
