@@ -22,7 +22,7 @@ ROWS = [
     ["recall", "rebuilding", "sharing"],
     ["generation", "scoring"],
     ["answering"],
-    ["train.tokenizer", "train.loop", "train.initialise", "train.questions"],
+    ["train.tokenizer", "train.loop", "train.initialise", "train.questions", "train.recalled"],
     ["train.passages"],
     ["train.reading", "train.sequences", "evaluate.reading"],
     ["evaluate.retrieval"],

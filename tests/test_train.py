@@ -14,7 +14,7 @@ from memory3.bank import Bank
 from memory3.decoder import attach
 from memory3.spec import MemorySpec, Reference
 from memory3.train.loop import Schedule, Settings, TrainError, run
-from memory3.train.sequences import Continual, Warmup, _table
+from memory3.train.sequences import Continual, Warmup, _shared
 from memory3.writing import write
 
 SPEC = MemorySpec(tokens_per_head=4, chunk_length=16)
@@ -68,15 +68,15 @@ def test_gradient_reaches_a_reference_through_its_memory() -> None:
 
 
 def test_a_chunk_reads_its_reference_and_those_of_the_four_before() -> None:
-    [rows] = _table([[0, 1, -1, 2, 3, 4, 1]]).tolist()
-    assert [sorted(n for n in row if n >= 0) for row in rows] == [
-        [0],
-        [0, 1],
-        [0, 1],
-        [0, 1, 2],
-        [0, 1, 2, 3],
-        [1, 2, 3, 4],
-        [1, 2, 3, 4],
+    own = ["a", "b", None, "c", "d", "e", "b"]
+    assert _shared(own) == [
+        ["a"],
+        ["b", "a"],
+        ["b", "a"],
+        ["c", "b", "a"],
+        ["d", "c", "b", "a"],
+        ["e", "d", "c", "b"],
+        ["b", "e", "d", "c"],
     ]
 
 

@@ -170,7 +170,11 @@ def _groups(model: Any, settings: Settings) -> list[dict[str, Any]]:
     learned = [p for p in model.parameters() if p.requires_grad]
     words = model.get_input_embeddings().weight
     return [
-        {"params": [p for p in learned if p.ndim >= 2 and p is not words], "weight_decay": settings.weight_decay, "factor": 1.0},
+        {
+            "params": [p for p in learned if p.ndim >= 2 and p is not words],
+            "weight_decay": settings.weight_decay,
+            "factor": 1.0,
+        },
         {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0, "factor": 1.0},
         {
             "params": [p for p in learned if p is words],

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memory3.attention import Reading
 from memory3.bank import Bank
 from memory3.decoder import Decoder
 from memory3.recall import TRAINING_OVERLAP
 from memory3.splitting import overlap
 from memory3.train.loop import TrainError
+from memory3.train.recalled import read_texts
 
 CHUNKS_BEFORE = 4
 """A chunk reads its own reference and those of so many chunks before it."""
@@ -74,12 +74,7 @@ class Continual(Sequences):
         """Mean next-token cross-entropy `()`, and how many chunks found a reference."""
         layout = decoder.layout([[*decoder.bos_ids, *row] for row in batch], padding_side="right")
         texts = [self._retrieved(row) for row in batch]
-        distinct = list(dict.fromkeys(t for row in texts for t in row if t is not None))
-        reading = None
-        if distinct:
-            stack = decoder.stack([decoder.tokens(t)[: decoder.spec.reference_length] for t in distinct])
-            table = _table([[distinct.index(t) if t is not None else -1 for t in row] for row in texts])
-            reading = Reading(stack, table.to(decoder.device), layout.chunks, decoder.spec)
+        reading = read_texts(decoder, layout, [_shared(row) for row in texts])
         logits = decoder.forward(layout, reading).logits
         skip = len(decoder.prefix_ids) + len(decoder.bos_ids)
         found = sum(t is not None for row in texts for t in row) / max(1, sum(map(len, texts)))
@@ -99,14 +94,12 @@ class Continual(Sequences):
         return found
 
 
-def _table(rows: Sequence[Sequence[int]]) -> Tensor:
-    """`(B, C, 1 + CHUNKS_BEFORE)`: own reference first; each at most once per chunk."""
-    table = torch.full((len(rows), max(map(len, rows)), 1 + CHUNKS_BEFORE), -1)
-    for b, row in enumerate(rows):
-        for c in range(len(row)):
-            read = dict.fromkeys(n for n in reversed(row[max(0, c - CHUNKS_BEFORE) : c + 1]) if n >= 0)
-            table[b, c, : len(read)] = torch.tensor(list(read), dtype=torch.long)
-    return table
+def _shared(own: Sequence[str | None]) -> list[list[str]]:
+    """For each chunk its own reference first, then those of the four chunks before; each at most once."""
+    read = [
+        dict.fromkeys(t for t in reversed(own[max(0, c - CHUNKS_BEFORE) : c + 1]) if t is not None) for c in range(len(own))
+    ]
+    return [list(chunk) for chunk in read]
 
 
 def _next_token_loss(logits: Tensor, input_ids: Tensor, skip: int) -> Tensor:
