@@ -98,14 +98,15 @@ class SentenceEmbedder:
 
     def embed(self, texts: Sequence[str], query: bool = False) -> np.ndarray:
         """Unit vectors `(N, E)` float32."""
-        model = self._model
+        model = self.model
         encode = model.encode_query if query else model.encode_document
         vectors = encode(list(texts), batch_size=32, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
         found: np.ndarray = vectors.float().cpu().numpy().reshape(len(texts), -1)
         return found
 
     @cached_property
-    def _model(self) -> Any:
+    def model(self) -> Any:
+        """The sentence-transformers model itself."""
         if find_spec("sentence_transformers") is None:
             raise BankError("found no sentence-transformers, expected it to search by meaning: pip install 'memory3[dense]'")
         from sentence_transformers import SentenceTransformer

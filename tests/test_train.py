@@ -1,4 +1,4 @@
-"""Training resumes bit for bit, gradients reach references through memory, and chunks read what the paper says."""
+"""Training resumes bit for bit, and gradients reach references through memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from families import tiny_model, tiny_tokenizer
 
 from memory3.attention import Reading
-from memory3.bank import Bank
 from memory3.decoder import attach
-from memory3.spec import MemorySpec, Reference
+from memory3.spec import MemorySpec
 from memory3.train.loop import Schedule, Settings, TrainError, run
-from memory3.train.sequences import Continual, Warmup, _shared
-from memory3.writing import write
+from memory3.train.sequences import Warmup
 
 SPEC = MemorySpec(tokens_per_head=4, chunk_length=16)
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
@@ -65,36 +63,3 @@ def test_gradient_reaches_a_reference_through_its_memory() -> None:
         assert stack.keys.grad is not None
         assert float(stack.keys.grad.abs().sum()) > 0
         decoder.model.zero_grad()
-
-
-def test_a_chunk_reads_its_reference_and_those_of_the_four_before() -> None:
-    own = ["a", "b", None, "c", "d", "e", "b"]
-    assert _shared(own) == [
-        ["a"],
-        ["b", "a"],
-        ["b", "a"],
-        ["c", "b", "a"],
-        ["d", "c", "b", "a"],
-        ["e", "d", "c", "b"],
-        ["b", "e", "d", "c"],
-    ]
-
-
-def test_continual_training_reads_the_banks_references_and_lowers_its_loss(tmp_path: Path) -> None:
-    with attach(tiny_model("llama"), tiny_tokenizer(), SPEC) as decoder:
-        bank = Bank(tmp_path / "bank", decoder, create=True)
-        write(decoder, [Reference("A fox is a small wild dog."), Reference("Dogs are lazy in the sun.")], bank)
-        objective = Continual(decoder, [TEXT], Bank(tmp_path / "bank"), length=64, batch=1, seed=0)
-        losses: list[dict[str, float]] = []
-        settings = Settings(tmp_path / "run", Schedule(1e-2, 6, warmup=1), log_every=1, save_every=100, precision="no")
-        run(decoder, objective, settings, losses.append)
-    assert losses[0]["chunks_with_reference"] > 0
-    assert losses[-1]["loss"] < losses[0]["loss"]
-
-
-def test_too_little_text_is_refused() -> None:
-    with (
-        attach(tiny_model("llama"), tiny_tokenizer(), SPEC) as decoder,
-        pytest.raises(TrainError, match="expected at least 2048"),
-    ):
-        Warmup(decoder, ["short"], length=2048, batch=1, seed=0)

@@ -8,10 +8,12 @@ from typing import Any
 
 from memory3.cli.bank import bank_app
 from memory3.cli.commands import INCOMPLETE, app
+from memory3.cli.train import train
 from memory3.spec import Memory3Error
 
 __all__ = ["INCOMPLETE", "app", "main"]
 
+app.command()(train)
 app.add_typer(bank_app, name="bank")
 
 

@@ -252,45 +252,6 @@ def generate(
         _warn_if_silent([made])
 
 
-@app.command()
-def train(
-    stage: Annotated[str, typer.Argument(help="default: the recipe of the model that ships; warmup, continual: any model.")],
-    data: Annotated[
-        Path, typer.Option(help="default: folder with qa.parquet and passages.parquet; else a .jsonl or text source.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of checkpoints and of the finished model.")],
-    model: Model = None,
-    bank: Annotated[Path | None, typer.Option(help="continual: bank whose references the chunks recall.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="warmup, continual: steps in all.")] = 1000,
-    rate: Annotated[float, typer.Option(help="warmup, continual: peak learning rate.")] = 3e-4,
-    length: Annotated[int, typer.Option(min=64, help="warmup, continual: tokens of a sequence.")] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="warmup, continual: sequences of a step.")] = 4,
-    minutes: Annotated[float, typer.Option(help="Stop with a checkpoint after so long; run again to go on.")] = 60.0,
-    seed: Seed = 0,
-) -> None:
-    """Train a model to read memory; resumable."""
-    from memory3.train.stages import run_stage
-
-    done, planned = run_stage(
-        stage,
-        data,
-        out,
-        model=model,
-        recalled=bank,
-        steps=steps,
-        rate=rate,
-        length=length,
-        batch=batch,
-        minutes=minutes,
-        seed=seed,
-        report=lambda line: print("  ".join(f"{k} {v:.4g}" for k, v in line.items()), flush=True),
-    )
-    print(
-        f"{done} of {planned} steps done"
-        + ("; run the same command again to go on" if done < planned else f", model in {out / 'model'}")
-    )
-
-
 @app.command("eval")
 def evaluate(
     what: Annotated[

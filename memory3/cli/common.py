@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memory3.decoder import Decoder
     from memory3.embedding import SentenceEmbedder
     from memory3.recall import Recall
+    from memory3.spec import MemorySpec
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a decoder; by default the model that ships.")]
 Banks = Annotated[
@@ -105,3 +106,48 @@ def progress(what: str) -> Iterator[Any]:
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total=None: bar.update(task, completed=done, total=total)
+
+
+def spec_of(file: Path | None, tokens_per_head: int | None, model: str | None) -> MemorySpec | None:
+    """The spec that training is told: of a file, or with `tokens_per_head` in place of the model's own; `None` leaves it."""
+    import json
+    from dataclasses import replace
+
+    from memory3.spec import MemorySpec, SpecError
+
+    spec = None
+    if file is not None:
+        try:
+            spec = MemorySpec.from_json(json.loads(file.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            if isinstance(error, SpecError):
+                raise
+            raise SpecError(f"found no spec in {file} ({error}), expected the JSON of a MemorySpec") from None
+    if tokens_per_head is None:
+        return spec
+    if spec is None and model is not None:
+        own = Path(model, "memory_spec.json")
+        spec = spec_of(own, None, None) if own.is_file() else None
+    return replace(spec or MemorySpec(), tokens_per_head=tokens_per_head)
+
+
+@contextmanager
+def training(as_json: bool) -> Iterator[tuple[Any, Any]]:
+    """Progress of a preparation on stderr, and a line of figures for each report on stdout (stderr with `as_json`)."""
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    tasks: dict[str, TaskID] = {}
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+
+        def tell(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=None)
+            bar.update(tasks[what], completed=done, total=total)
+
+        def report(line: dict[str, float]) -> None:
+            for task in tasks.values():
+                bar.update(task, visible=False)
+            print("  ".join(f"{k} {v:.4g}" for k, v in line.items()), flush=True, file=sys.stderr if as_json else sys.stdout)
+
+        yield tell, report

@@ -17,8 +17,10 @@ from memory3.scoring import interval
 from memory3.spec import Memory3Error
 
 if TYPE_CHECKING:
+    from memory3.evaluate.outcomes import Outcome
     from memory3.evaluate.reading import Score
     from memory3.evaluate.retrieval import Found
+    from memory3.evaluate.variations import Study
 
 
 def _pyplot() -> Any:
@@ -130,6 +132,56 @@ def draw_retrieval(rows: Sequence[Found], path: Path) -> None:
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3, axis="y")
     axes.legend(ncols=len(names), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_arms(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
+    """Draw the first metric of every arm with its 95 % interval: a bar per arm, in the order of the table."""
+    from memory3.evaluate.outcomes import METRICS
+
+    pyplot = _pyplot()
+    name = next(iter(outcomes[0].values))
+    shown = METRICS[name].shown
+    means = [shown(o.mean(name)) for o in outcomes]
+    bounds = [[shown(b) for b in o.interval(name)] for o in outcomes]
+    errors = [[m - b[0] for m, b in zip(means, bounds, strict=True)], [b[1] - m for m, b in zip(means, bounds, strict=True)]]
+    figure, axes = pyplot.subplots(figsize=(7.5, 1.2 + 0.42 * len(outcomes)), constrained_layout=True)
+    axes.barh(range(len(outcomes)), means, xerr=errors, capsize=3, color="#7aa6d2")
+    axes.set_yticks(range(len(outcomes)), [_printable(o.arm) for o in outcomes])
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel(METRICS[name].heading)
+    axes.set_title(_printable(title), fontsize=10)
+    axes.grid(alpha=0.3, axis="x")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def draw_study(study: Study, path: Path) -> None:
+    """Draw the curves of an ablation with 95 % intervals, and its controls as dashed levels."""
+    pyplot = _pyplot()
+    name, metric = study.metric
+    figure, axes = pyplot.subplots(figsize=(6.8, 4.2), constrained_layout=True)
+    for n, (label, points) in enumerate(study.curves.items()):
+        places, means = [x for x, _ in points], [metric.shown(o.mean(name)) for _, o in points]
+        bounds = [[metric.shown(b) for b in o.interval(name)] for _, o in points]
+        low = [max(0.0, m - b[0]) for m, b in zip(means, bounds, strict=True)]
+        high = [max(0.0, b[1] - m) for m, b in zip(means, bounds, strict=True)]
+        axes.errorbar(places, means, yerr=[low, high], marker="os^v"[n % 4], capsize=3, label=_printable(label))
+    for n, control in enumerate(study.controls):
+        style, level = ("--", ":")[n % 2], metric.shown(control.mean(name))
+        axes.axhline(level, color="#777777", linestyle=style, label=_printable(control.arm))
+    ticks = sorted({x for points in study.curves.values() for x, _ in points})
+    if study.doubling:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.set_xlabel(study.axis)
+    axes.set_ylabel(metric.heading)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
@@ -97,7 +97,7 @@ def dev_cases(decoder: Decoder, data: Path, limit: int, seed: int = 0, inside: b
     rng.shuffle(rows)
     found: list[tuple[dict[str, Any], str, tuple[str, ...]]] = []
     for row in rows:
-        pieces = _to_gold(decoder, row)
+        pieces = to_gold(decoder, document_of(row["title"], row["passage"]), row["answers"])
         if pieces and (len(pieces) > 1 or not inside):
             found.append((row, pieces[-1], tuple(pieces[:-1])))
         if len(found) == limit:
@@ -117,39 +117,59 @@ def document_of(title: str | None, text: str) -> str:
     return f"# {heading}\n\n{text}" if heading else text
 
 
-def _to_gold(decoder: Decoder, row: dict[str, Any]) -> list[str]:
+def to_gold(decoder: Decoder, document: str, answers: Sequence[str]) -> list[str]:
     """The references of a document up to the first that holds an answer; none where none does."""
-    text = document_of(row["title"], row["passage"])
-    pieces = [p.text for p in split(text, decoder.tokenizer, length=decoder.spec.reference_length)]
-    gold = next((n for n, p in enumerate(pieces) for a in row["answers"] if a.strip() and a.strip() in p), None)
+    pieces = [p.text for p in split(document, decoder.tokenizer, length=decoder.spec.reference_length)]
+    gold = next((n for n, p in enumerate(pieces) for a in answers if a.strip() and a.strip() in p), None)
     return [] if gold is None else pieces[: gold + 1]
 
 
 class _Given:
-    """A recall that brings given texts, whatever is asked: memories are encoded on the spot, or `known` already."""
+    """A recall that brings the same texts to every chunk of a prompt, whatever is asked.
+
+    Args:
+        rows: texts of each prompt.
+        memories: of these texts.
+        chunks: how many chunks of each prompt ask.
+    """
 
     min_score = None
 
-    def __init__(self, decoder: Decoder, texts: Sequence[Sequence[str]], known: Mapping[str, Memory] | None = None) -> None:
-        known = known or {}
-        flat = list(dict.fromkeys(t for row in texts for t in row if t not in known))
-        memories = dict(known) | dict(
-            zip(flat, [m for n in range(0, len(flat), 32) for m in decoder.encode(flat[n : n + 32])], strict=True)
-        )
-        self.found = [[(t, memories[t]) for t in row] for row in texts]
+    def __init__(self, rows: Sequence[Sequence[str]], memories: Mapping[str, Memory], chunks: Sequence[int]) -> None:
+        given = [[(t, memories[t]) for t in row] for row in rows]
+        self.asked = [row for row, count in zip(given, chunks, strict=True) for _ in range(count)]
+        self.by_text: dict[str, list[tuple[str, Memory]]] = {}
 
     def check(self, decoder: Any) -> None:
         """They were encoded by the decoder itself."""
 
     def __call__(self, queries: Sequence[str], texts: Sequence[str] | None = None) -> list[Recalled]:
-        """One prompt has one chunk here, so rows and queries agree."""
-        assert len(queries) == len(self.found), "a question that is longer than a chunk"
-        return [self._recalled(query, row) for query, row in zip(queries, self.found, strict=True)]
+        """First all chunks of all prompts ask; a long answer asks again, and is told by its prompt's text."""
+        known = texts or queries
+        if not self.by_text:
+            self.by_text = dict(zip(known, self.asked, strict=True))
+            return [self._recalled(query, row) for query, row in zip(queries, self.asked, strict=True)]
+        return [self._recalled(query, self.by_text[text]) for query, text in zip(queries, known, strict=True)]
 
     def _recalled(self, query: str, row: Sequence[tuple[str, Any]]) -> Recalled:
         references = tuple(Reference(text) for text, _ in row)
         hits = tuple(Hit(r.id, 0.0) for r in references)
         return Recalled(query, hits, tuple(m for _, m in row), references)
+
+
+def _asking_chunks(decoder: Decoder, prompt: Prompt) -> int:
+    """Chunks of a prompt that hold words of the user."""
+    size = decoder.spec.chunk_length
+    return sum(bool(prompt.query(decoder, start, start + size)) for start in range(0, len(prompt.ids), size))
+
+
+Encode = Callable[[Sequence[str]], list[Memory]]
+
+
+def encoded(encode: Encode, texts: Iterable[str]) -> dict[str, Memory]:
+    """Memories of distinct texts, written in batches."""
+    flat = list(dict.fromkeys(texts))
+    return dict(zip(flat, [m for n in range(0, len(flat), BATCH) for m in encode(flat[n : n + BATCH])], strict=True))
 
 
 Given = Callable[[Case], Sequence[str]]
@@ -163,11 +183,13 @@ def score_of(
     *,
     as_text: bool = False,
     before: Callable[[Case], Sequence[str]] | None = None,
+    encode: Encode | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Answer the cases greedily with what `given` brings, as memories or as text, and score them.
 
-    With `before` the memory of the gold reference saw these texts before it.
+    Every chunk of a prompt reads all that is given. With `before` the memory of the gold reference saw these texts before it.
+    `encode` makes memories of texts, by default as the decoder does.
     """
     if not cases:
         raise SourceError("found no question that can be asked, expected some: give a larger --limit, or other data")
@@ -176,11 +198,12 @@ def score_of(
     for start in range(0, len(cases), BATCH):
         batch = cases[start : start + BATCH]
         texts = [list(given(c)) if given else [] for c in batch]
-        prompts: list[str | Prompt] = [
-            question_prompt(decoder, c.question, t if as_text else ()) for c, t in zip(batch, texts, strict=True)
-        ]
-        seen = {c.gold: decoder.encode_in_context([*before(c), c.gold])[-1] for c in batch} if before else {}
-        recall: Any = _Given(decoder, texts, seen) if given and not as_text else None
+        prompts = [question_prompt(decoder, c.question, t if as_text else ()) for c, t in zip(batch, texts, strict=True)]
+        recall: Any = None
+        if given and not as_text:
+            seen = {c.gold: decoder.encode_in_context([*before(c), c.gold])[-1] for c in batch} if before else {}
+            written = encoded(encode or decoder.encode, (t for row in texts for t in row if t not in seen))
+            recall = _Given(texts, seen | written, [_asking_chunks(decoder, p) for p in prompts])
         for case, done in zip(batch, complete(decoder, prompts, recall=recall, max_new_tokens=24), strict=True):
             said = done.text.strip().split("\n")[0]
             exact.append(exact_match(said, case.answers))
@@ -192,8 +215,13 @@ def score_of(
 
 def _mixed(case: Case) -> Sequence[str]:
     """Gold among the others, at a place that the question decides."""
-    place = len(case.question) % (len(case.others) + 1)
-    return [*case.others[:place], case.gold, *case.others[place:]]
+    return among(case.question, [case.gold], case.others)
+
+
+def among(question: str, gold: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Gold references among others, at a place that the question decides."""
+    place = len(question) % (len(others) + 1)
+    return [*others[:place], *gold, *others[place:]]
 
 
 def short_cases(decoder: Decoder, cases: Sequence[Case]) -> list[Case]:

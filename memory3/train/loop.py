@@ -1,137 +1,226 @@
-"""One training loop for every stage: accelerate underneath, checkpoints that outlive the process, no pickle.
+"""One training loop for every stage: accelerate underneath, one process or many, checkpoints that outlive the process.
 
-A batch is a function of the step alone, so a resumed run sees the batches that an unbroken one would have seen.
+A batch is a function of its number alone, and the numbers of a step follow from where the run stands. So a resumed run
+sees what an unbroken one would have seen, and two processes see what one would that accumulates two micro-batches.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
-import os
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import sqrt
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memory3.decoder import Decoder
-from memory3.spec import Memory3Error
+from memory3.train.checkpoint import Place, drop_last, restore, save
+from memory3.train.figures import Log, Means, Meter, flops_per_token
+from memory3.train.settings import Cosine, Objective, Report, Schedule, Settings, TrainError
 
-
-class TrainError(Memory3Error):
-    """Training cannot start, resume or go on."""
-
-
-class Objective(Protocol):
-    """What a stage teaches."""
-
-    def batch(self, step: int) -> Any:
-        """The batch of a step, the same whenever asked."""
-
-    def loss(self, decoder: Decoder, batch: Any, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss to minimise, and figures for the log."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Warmup-stable-decay: linear up, flat, then down to `floor` by the square root, in steps."""
-
-    peak: float
-    steps: int
-    warmup: int = 100
-    decay: int = 0
-    floor: float = 0.05
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step."""
-        if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
-        left = self.steps - step
-        if left >= self.decay:
-            return self.peak
-        return self.peak * (self.floor + (1 - self.floor) * (1 - sqrt(1 - left / self.decay)))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run a stage. `minutes` stops it cleanly with a checkpoint; run the same command again to go on.
-
-    The embeddings learn at `embedding_rate` times the rate of the rest.
-    """
-
-    folder: Path
-    schedule: Schedule
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    log_every: int = 20
-    save_every: int = 200
-    minutes: float | None = None
-    precision: str = "bf16"
-    stop_at: int | None = None
-    embedding_rate: float = 1.0
-
-
-Report = Callable[[dict[str, float]], None]
+__all__ = ["Cosine", "Objective", "Report", "Schedule", "Settings", "TrainError", "run"]
 
 
 def run(decoder: Decoder, objective: Objective, settings: Settings, report: Report = lambda line: None) -> int:
     """Train the decoder's model in place; resumes from the last checkpoint in `settings.folder`.
 
+    Under `torchrun` or `accelerate launch` every process calls this with the same arguments and its own copy of the model;
+    they share one folder. The main one alone writes and reports. Torch's random generator is seeded before every micro-batch.
+
     Returns:
         The number of steps done; less than planned when the time was up.
 
     Raises:
-        TrainError: the loss is not a number, or the checkpoint does not fit the model.
+        TrainError: the run diverges again and again, the checkpoint does not fit, or accelerate is missing or set up for
+            what this loop does not do.
     """
+    _keep_freed_memory()
+    running = _Run(decoder, objective, settings, report)
     try:
-        from accelerate import Accelerator
+        running.to_the_end()
+    finally:
+        running.close()
+    return running.place.step
+
+
+class _Whole(torch.nn.Module):
+    """The whole step as one module, so that DDP and FSDP see one forward however often the model runs inside."""
+
+    def __init__(self, decoder: Decoder, objective: Objective, precision: str) -> None:
+        super().__init__()
+        self.model = decoder.model
+        self.task = (decoder, objective)  # in a tuple, lest a teacher inside the objective be taken for a part to train
+        self.bf16 = precision == "bf16"
+        self._no_split_modules = getattr(decoder.model, "_no_split_modules", None)  # what FSDP shards apart
+
+    def tie_weights(self) -> None:
+        """FSDP asks for it after it has moved the weights."""
+        self.model.tie_weights()
+
+    def forward(self, batch: Any, step: int) -> tuple[Tensor, dict[str, float]]:
+        decoder, objective = self.task
+        with torch.autocast(decoder.device.type, torch.bfloat16, enabled=self.bf16):
+            return objective.loss(decoder, batch, step)
+
+
+class _Run:
+    """A run under way: what accelerate prepared, and where it stands."""
+
+    def __init__(self, decoder: Decoder, objective: Objective, settings: Settings, report: Report) -> None:
+        self.decoder, self.objective, self.settings, self.report = decoder, objective, settings, report
+        self.accelerator = _accelerator()
+        self.main, self.processes = self.accelerator.is_main_process, self.accelerator.num_processes
+        self.means, self.started = Means(), time.monotonic()
+        peak = settings.peak_flops and settings.peak_flops * self.processes
+        self.meter = Meter(flops_per_token(decoder.model, getattr(objective, "length", 0)), peak)
+        optimizer = torch.optim.AdamW(_groups(decoder.model, settings), lr=settings.schedule.peak, betas=(0.9, 0.95))
+        self.whole, self.optimizer = self.accelerator.prepare(_Whole(decoder, objective, settings.precision), optimizer)
+        decoder.model.train()
+        micro_batches = settings.accumulate * self.processes
+        found = restore(decoder.model, self.optimizer, settings.folder, micro_batches)
+        self.place = found or Place(micro_batches=micro_batches)
+        self.log = Log(settings.folder, self.place.step) if self.main else None
+        if found is None:
+            self._save()  # what a spike before the first regular checkpoint goes back to
+
+    def to_the_end(self) -> None:
+        """Step until the schedule, `stop_at` or the time ends."""
+        settings, schedule = self.settings, self.settings.schedule
+        last = min(schedule.steps, settings.stop_at or schedule.steps)
+        timed_out = False
+        while self.place.step < last and not timed_out:
+            for group in self.optimizer.param_groups:
+                group["lr"] = schedule.rate(self.place.step) * group["factor"]
+            loss, tokens, timed_out = self._gradient()
+            norm = _number(self.accelerator.clip_grad_norm_(self.whole.parameters(), settings.clip))
+            if self.place.watch.spiked(loss, norm, settings):
+                self._go_back(loss, norm)
+                continue
+            self._step(loss, norm, tokens)
+            ends = self.place.step == last
+            if ends or self.place.step % settings.log_every == 0:
+                self._report_means()
+            if ends or timed_out or (self.place.step % settings.save_every == 0 and not self.place.watch.high):
+                self._save()
+
+    def close(self) -> None:
+        self.decoder.model.eval()
+        if self.log is not None:
+            self.log.close()
+
+    # ---- one step ----
+
+    def _gradient(self) -> tuple[float, float, bool]:
+        """Backward through the step's micro-batches; their mean loss, their tokens, and whether some process's time is up."""
+        losses, tokens = [], 0
+        count = getattr(self.objective, "tokens", None)
+        for number, synchronised in self._numbers():
+            batch = self.objective.batch(number)
+            torch.manual_seed(self.settings.seed * 1_000_003 + number)
+            with nullcontext() if synchronised else self.accelerator.no_sync(self.whole):
+                loss, figures = self.whole(batch, self.place.step)
+                self.accelerator.backward(loss / self.settings.accumulate)
+            losses.append(float(loss.detach()))
+            self.means.add(figures)
+            tokens += count(batch) if count else 0
+        limit, elapsed = self.settings.minutes, time.monotonic() - self.started
+        own = [sum(losses) / len(losses), float(tokens), float(limit is not None and elapsed > limit * 60)]
+        if self.processes == 1:
+            return own[0], own[1], own[2] > 0
+        mean = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "mean").tolist()
+        return mean[0], mean[1] * self.processes, mean[2] > 0
+
+    def _numbers(self) -> Iterator[tuple[int, bool]]:
+        """Numbers of this process's micro-batches, and whether the gradient is shared after it (the last one)."""
+        many, rank = self.settings.accumulate, self.accelerator.process_index
+        for a in range(many):
+            yield (self.place.position * many + a) * self.processes + rank, a == many - 1
+
+    def _step(self, loss: float, norm: float, tokens: float) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.place.step += 1
+        self.place.position += 1
+        self.meter.tokens += tokens
+        self.means.add({"loss": loss, "gradient_norm": norm})
+
+    # ---- what remains of it ----
+
+    def _report_means(self) -> None:
+        from accelerate.utils import gather_object
+
+        self._write(
+            {
+                "step": self.place.step,
+                "rate": self.settings.schedule.rate(self.place.step - 1),
+                "minutes": (time.monotonic() - self.started) / 60,
+                **self.means.taken(gather_object),
+                **self.meter.taken(),
+            }
+        )
+
+    def _write(self, line: dict[str, float]) -> None:
+        if self.log is not None:
+            self.log.write(line)
+            self.report(line)
+
+    def _save(self) -> None:
+        self.place.watch.passed(self.place.step)
+        save(self.decoder.model, self.optimizer, self.settings.folder, self.place, self.main)
+        self.accelerator.wait_for_everyone()
+
+    def _go_back(self, loss: float, norm: float) -> None:
+        """Return to the last checkpoint, or from the second spike in a row to the one before, and go on with new batches.
+
+        The same batches would lead to the same spike, so all since that checkpoint are skipped.
+        """
+        spiked, watch = self.place, self.place.watch
+        watch.count_spike(spiked.step, loss, norm, self.settings)
+        if watch.tries > 1 and self.main:
+            drop_last(self.settings.folder)
+        self.accelerator.wait_for_everyone()
+        self.optimizer.zero_grad()
+        earlier = restore(self.decoder.model, self.optimizer, self.settings.folder, spiked.micro_batches)
+        assert earlier is not None, "a run starts with a checkpoint"
+        skipped = spiked.position + 1 - earlier.position
+        self.place = Place(earlier.step, spiked.position + 1, spiked.micro_batches, watch.back_to(earlier.watch))
+        self.means, at = Means(), {"step": spiked.step, "back_to_step": earlier.step, "skipped_batches": skipped}
+        self._write({**at, "spike_loss": loss, "spike_gradient_norm": norm})
+
+
+def _accelerator() -> Any:
+    try:
+        from accelerate import Accelerator, DistributedType
     except ImportError:
         raise TrainError("found no accelerate, expected it for training: pip install 'memory3[train]'") from None
-    _keep_freed_memory()
-    accelerator = Accelerator(mixed_precision=settings.precision, cpu=not torch.cuda.is_available())
-    decoder.model.to(accelerator.device)
-    optimizer = torch.optim.AdamW(_groups(decoder.model, settings), lr=settings.schedule.peak, betas=(0.9, 0.95))
-    step = _resume(decoder.model, optimizer, settings.folder)
-    optimizer = accelerator.prepare(optimizer)
-    start, window = time.monotonic(), _Window()
-    decoder.model.train()
-    last = min(settings.schedule.steps, settings.stop_at or settings.schedule.steps)
-    while step < last:
-        for group in optimizer.param_groups:
-            group["lr"] = settings.schedule.rate(step) * group["factor"]
-        with accelerator.autocast():
-            loss, figures = objective.loss(decoder, objective.batch(step), step)
-        if not torch.isfinite(loss):
-            raise TrainError(
-                f"found loss {loss.item()} at step {step}, expected a number: lower the learning rate and run again"
-            )
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(decoder.model.parameters(), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        window.add({"loss": float(loss.detach()), **figures})
-        if step % settings.log_every == 0 or step == last:
-            report(
-                {
-                    "step": step,
-                    "rate": settings.schedule.rate(step - 1),
-                    "minutes": (time.monotonic() - start) / 60,
-                    **window.means(),
-                }
-            )
-        timed_out = settings.minutes is not None and time.monotonic() - start > settings.minutes * 60
-        if step % settings.save_every == 0 or step == last or timed_out:
-            save(decoder, optimizer, settings.folder, step)
-        if timed_out:
-            break
-    decoder.model.eval()
-    return step
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise TrainError("found FSDP version 1, expected 2: set fsdp_version: 2 under fsdp_config in accelerate's file")
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
+        raise TrainError(f"found accelerate set up for {kind.value}, expected one process, DDP or FSDP: change its file")
+    return accelerator
+
+
+def _number(norm: Any) -> float:
+    """The gradient's norm; FSDP gives it in parts."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _groups(model: Any, settings: Settings) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (norms, biases) do not; embeddings have a rate of their own."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    if not learned:
+        raise TrainError("found a model whose parameters are all frozen, expected some that require a gradient")
+    words, decay, factor = model.get_input_embeddings().weight, settings.weight_decay, settings.embedding_rate
+    groups = [
+        {"params": [p for p in learned if p.ndim >= 2 and p is not words], "weight_decay": decay, "factor": 1.0},
+        {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0, "factor": 1.0},
+        {"params": [p for p in learned if p is words], "weight_decay": decay * factor, "factor": factor},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _keep_freed_memory() -> None:
@@ -147,85 +236,3 @@ def _keep_freed_memory() -> None:
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-
-
-class _Window:
-    """Means of the figures since the last report."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, list[float]] = {}
-
-    def add(self, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
-            self.sums.setdefault(name, []).append(value)
-
-    def means(self) -> dict[str, float]:
-        means = {name: sum(values) / len(values) for name, values in self.sums.items()}
-        self.sums.clear()
-        return means
-
-
-def _groups(model: Any, settings: Settings) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not; embeddings have a rate of their own."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    words = model.get_input_embeddings().weight
-    return [
-        {
-            "params": [p for p in learned if p.ndim >= 2 and p is not words],
-            "weight_decay": settings.weight_decay,
-            "factor": 1.0,
-        },
-        {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0, "factor": 1.0},
-        {
-            "params": [p for p in learned if p is words],
-            "weight_decay": settings.weight_decay * settings.embedding_rate,
-            "factor": settings.embedding_rate,
-        },
-    ]
-
-
-# ---- checkpoints ----
-
-
-def save(decoder: Decoder, optimizer: Any, folder: Path, step: int) -> None:
-    """Write `folder/checkpoint` whole or not at all: model, optimizer moments (safetensors) and the step."""
-    from safetensors.torch import save_file
-
-    fresh, final = folder / "checkpoint.new", folder / "checkpoint"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_file({name: p.detach().contiguous() for name, p in decoder.model.named_parameters()}, fresh / "model.safetensors")
-    moments = {}
-    names = {id(p): name for name, p in decoder.model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        for kind, tensor in state.items():
-            moments[f"{kind}|{names[id(parameter)]}"] = tensor.detach().contiguous()
-    save_file(moments, fresh / "optimizer.safetensors")
-    (fresh / "state.json").write_text(json.dumps({"step": step}), "utf-8")
-    old = folder / "checkpoint.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(fresh, final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _resume(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """Load the last whole checkpoint; 0 where there is none. A kill between two renames leaves the old one."""
-    from safetensors.torch import load_file
-
-    found = next((folder / name for name in ("checkpoint", "checkpoint.old") if (folder / name / "state.json").exists()), None)
-    if found is None:
-        return 0
-    weights, moments = load_file(found / "model.safetensors"), load_file(found / "optimizer.safetensors")
-    parameters = dict(model.named_parameters())
-    if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in parameters.items()}:
-        raise TrainError(f"found a checkpoint of another model in {found}, expected the shapes of this one: use another --out")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            parameters[name].copy_(tensor)
-    for key, tensor in moments.items():
-        kind, _, name = key.partition("|")
-        on = "cpu" if kind == "step" else parameters[name].device
-        optimizer.state[parameters[name]][kind] = tensor.to(on)
-    return int(json.loads((found / "state.json").read_text("utf-8"))["step"])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import random
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +13,142 @@ import numpy as np
 import torch
 
 from memory3.decoder import Decoder, attach
+from memory3.embedding import OFFLINE, SentenceEmbedder, offline_available
 from memory3.spec import MemorySpec
 from memory3.train.initialise import induction_prior, word_vectors
-from memory3.train.loop import Schedule, Settings, TrainError, run
+from memory3.train.meanings import joined, meanings
 from memory3.train.passages import Passage
 from memory3.train.reading import Phase, ReadingObjective
+from memory3.train.settings import Schedule, Settings, TrainError
 from memory3.train.tokenizer import trained_tokenizer
 
-LAYERS = (1, 2, 3, 4)
-"""Memory layers, fixed from the first step: the reading heads settle where memory is (design section 4)."""
-TOKENS_PER_HEAD = 64
-"""Chosen by the curve of exact match over slots in docs/results.md."""
-VOCABULARY = 8192
-STEPS = 3800
+STEPS = 4200
 PHASES = (
     Phase(
-        until=600,
+        until=500,
         references=((1, 0.5), (2, 0.3), (5, 0.2)),
         slots=((None, 1.0),),
         tasks=(("asked", 0.1), ("question", 0.5), ("cloze", 0.2), ("completion", 0.2)),
         asked_share=0.4,
         reference_loss=0.3,
+        sentence_loss=0.2,
         longest=(32, 96),
     ),
     Phase(
-        until=1400,
+        until=1200,
         references=((1, 0.1), (3, 0.4), (5, 0.5)),
         slots=((None, 1.0),),
         tasks=(("asked", 0.25), ("question", 0.45), ("cloze", 0.22), ("completion", 0.08)),
         asked_share=0.5,
         reference_loss=0.15,
+        sentence_loss=0.2,
         text_share=0.05,
         neighbour=0.1,
     ),
     Phase(
-        until=2000,
+        until=1800,
         references=((1, 0.1), (3, 0.2), (5, 0.7)),
         slots=((None, 0.6), (64, 0.4)),
-        tasks=(("asked", 0.3), ("question", 0.42), ("cloze", 0.22), ("completion", 0.06)),
-        asked_share=0.6,
+        tasks=(("asked", 0.45), ("question", 0.35), ("cloze", 0.15), ("completion", 0.05)),
+        asked_share=0.7,
+        sentence_loss=0.2,
         text_share=0.05,
         neighbour=0.1,
         longest=(56, 128),
     ),
     Phase(  # rules are learned by now; questions that people asked are the harder half
         until=STEPS,
-        references=((1, 0.2), (3, 0.2), (5, 0.6)),
-        slots=((None, 0.3), (64, 0.4), (48, 0.3)),
+        references=((1, 0.1), (3, 0.2), (5, 0.7)),
+        slots=((None, 0.25), (64, 0.6), (48, 0.15)),
         tasks=(("asked", 0.62), ("question", 0.2), ("cloze", 0.15), ("completion", 0.03)),
         asked_share=0.85,
+        sentence_loss=0.2,
         text_share=0.04,
         closed_share=0.02,
         neighbour=0.05,
-        batch=32,
-        contexts=3,
-        longest=(48, 128),
+        batch=28,
+        contexts=4,
+        longest=(72, 128),
     ),
 )
+EMBEDDING_RATE = 0.3
+"""The vectors know words that no question has; learned at full rate, those that do run away from the rest."""
+WIDTH = 256
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What can be varied about a reader's run; the rest follows.
+
+    Args:
+        steps: of the run; the phases stretch with them.
+        layers: memory layers, fixed from the first step: the reading heads settle where memory is (design section 4).
+        tokens_per_head: of the finished model, chosen by the curve of exact match over slots in docs/results.md.
+        vocabulary: tokens of the tokenizer that is made from the data.
+        texts_for_meaning: texts that the sentence-embedding model reads for the first word vectors; none where it is 0 or
+            that model is not installed, and vectors come from counts of neighbours alone.
+        rate: peak learning rate.
+    """
+
+    steps: int = STEPS
+    layers: tuple[int, ...] = (1, 2, 3, 4)
+    tokens_per_head: int | None = 64
+    vocabulary: int = 16384
+    texts_for_meaning: int = 12_000
+    rate: float = 1.5e-3
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Those of the model that ships, stretched to the steps of this run; they thin out to its tokens per head."""
+        return tuple(
+            replace(p, until=max(n, round(p.until * self.steps / STEPS)), slots=tuple((self._kept(k), w) for k, w in p.slots))
+            for n, p in enumerate(PHASES, 1)
+        )
+
+    def _kept(self, kept: int | None) -> int | None:
+        """64 tokens per head in the phases stand for the finished model's number, 48 for three quarters of it."""
+        if kept is None or self.tokens_per_head is None:
+            return None
+        return max(1, kept * self.tokens_per_head // 64)
+
+    def run(
+        self, data: Path, folder: Path, minutes: float | None = None, seed: int = 0
+    ) -> tuple[Decoder, ReadingObjective, Settings, MemorySpec]:
+        """Everything of the run: decoder, objective, settings, and the spec that the finished model is saved with."""
+        decoder, objective = self.prepared(data, folder, seed)
+        schedule = Schedule(self.rate, self.steps, warmup=min(100, self.steps // 10), decay=self.steps * 3 // 10)
+        settings = Settings(folder, schedule, minutes=minutes, embedding_rate=EMBEDDING_RATE, seed=seed)
+        return decoder, objective, settings, replace(decoder.spec, tokens_per_head=self.tokens_per_head)
+
+    def prepared(self, data: Path, folder: Path, seed: int = 0, plain: int | None = None) -> tuple[Decoder, ReadingObjective]:
+        """The untrained decoder and its objective; tokenizer and word vectors are made once and kept in `folder`."""
+        asked, rest = passages(data, plain)
+        place = folder / "tokenizer"
+        if not (place / "tokenizer.json").exists():
+            trained_tokenizer(_texts(asked, rest[::3]), self.vocabulary).save_pretrained(place)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        torch.manual_seed(seed)
+        model = fresh_model(tokenizer, self.layers[-1], self._vectors(folder, tokenizer, _texts(asked, rest)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it is about to be trained for memory
+            decoder = attach(model, tokenizer, MemorySpec(layers=self.layers, tokens_per_head=None))
+        return decoder, ReadingObjective(decoder, asked, rest, self.phases, seed)
+
+    def _vectors(self, folder: Path, tokenizer: Any, texts: Iterator[str]) -> torch.Tensor:
+        from safetensors.torch import load_file, save_file
+
+        file = folder / "vectors.safetensors"
+        if not file.exists():
+            every = list(texts)
+            rows = (np.array(e.ids) for e in tokenizer.backend_tokenizer.encode_batch(every, add_special_tokens=False))
+            vectors = word_vectors(rows, len(tokenizer), WIDTH)
+            if self.texts_for_meaning and offline_available():
+                some = random.Random(0).sample(every, min(len(every), self.texts_for_meaning))
+                vectors = joined(vectors, *meanings([text[:520] for text in some], tokenizer, SentenceEmbedder(OFFLINE)))
+            save_file({"vectors": vectors.contiguous()}, file)
+        return load_file(file)["vectors"]
 
 
 def passages(data: Path, plain: int | None = None) -> tuple[list[Passage], list[Passage]]:
@@ -91,8 +170,8 @@ def passages(data: Path, plain: int | None = None) -> tuple[list[Passage], list[
     return asked, [p for p in rest if len(p.text.split()) >= 20]
 
 
-def fresh_model(tokenizer: Any, vectors: torch.Tensor | None = None) -> Any:
-    """A Llama-architecture decoder of 6.2 M parameters that can copy and knows which words are alike."""
+def fresh_model(tokenizer: Any, pointing_layer: int, vectors: torch.Tensor | None = None) -> Any:
+    """A Llama-architecture decoder of 8.3 M parameters at 16,384 tokens that can copy and knows which words are alike."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -112,56 +191,11 @@ def fresh_model(tokenizer: Any, vectors: torch.Tensor | None = None) -> Any:
     )
     config._attn_implementation = "eager"  # on CPU its backward is faster than the masked sdpa kernel at this length
     model = LlamaForCausalLM(config)
-    induction_prior(model, LAYERS[-1], vectors)
+    induction_prior(model, pointing_layer, vectors)
     return model
-
-
-WIDTH = 256
-
-
-def prepared(data: Path, folder: Path, seed: int = 0, plain: int | None = None) -> tuple[Decoder, ReadingObjective]:
-    """The untrained decoder and its objective; tokenizer and word vectors are made once and kept in `folder`."""
-    asked, rest = passages(data, plain)
-    place = folder / "tokenizer"
-    if not (place / "tokenizer.json").exists():
-        trained_tokenizer(_texts(asked, rest[::3]), VOCABULARY).save_pretrained(place)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    torch.manual_seed(seed)
-    model = fresh_model(tokenizer, _vectors(folder / "vectors.safetensors", tokenizer, _texts(asked, rest)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it is about to be trained for memory
-        decoder = attach(model, tokenizer, MemorySpec(layers=LAYERS, tokens_per_head=None))
-    return decoder, ReadingObjective(decoder, asked, rest, PHASES, seed)
-
-
-def _vectors(file: Path, tokenizer: Any, texts: Iterator[str]) -> torch.Tensor:
-    from safetensors.torch import load_file, save_file
-
-    if not file.exists():
-        rows = (np.array(e.ids) for e in tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False))
-        save_file({"vectors": word_vectors(rows, len(tokenizer), WIDTH).contiguous()}, file)
-    return load_file(file)["vectors"]
 
 
 def _texts(*groups: list[Passage]) -> Iterator[str]:
     for passage in (p for group in groups for p in group):
         yield f"# {passage.title}\n\n{passage.text}"
         yield from (f"Question: {q}\nAnswer: {a}" for q, a in passage.questions)
-
-
-def train_default(
-    data: Path, folder: Path, minutes: float, report: Callable[[dict[str, float]], None], seed: int = 0
-) -> tuple[Decoder, int]:
-    """One stage of at most `minutes`; called again it goes on from the checkpoint. Returns the decoder and steps done."""
-    decoder, objective = prepared(data, folder, seed)
-    settings = Settings(folder, Schedule(1.5e-3, STEPS, warmup=100, decay=STEPS * 3 // 10), minutes=minutes)
-
-    def logged(line: dict[str, float]) -> None:
-        with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(line) + "\n")
-        report(line)
-
-    done = run(decoder, objective, settings, logged)
-    return decoder.using(replace(decoder.spec, tokens_per_head=TOKENS_PER_HEAD)), done

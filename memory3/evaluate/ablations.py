@@ -1,0 +1,199 @@
+"""`memory3 eval ablation NAME`: each is one command whose table says what a choice of the method is worth, and whose control is in it.
+
+Adding one: a function of `(Load, Inputs)` that returns a `Study`, and a row in `ABLATIONS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from memory3.decoder import Decoder
+from memory3.documents import documents
+from memory3.evaluate.beginning import Plan, beginning_study
+from memory3.evaluate.outcomes import document
+from memory3.evaluate.reading import Case, dev_cases, short_cases
+from memory3.evaluate.retraining import (
+    SMALL,
+    Training,
+    layer_variants,
+    retrained_study,
+    retrained_tokens_study,
+    selection_variants,
+    token_variants,
+)
+from memory3.evaluate.variations import Study, chunk_study, references_study, selection_study, tokens_study
+from memory3.remote import open_bank
+from memory3.spec import SourceError
+from memory3.train.recipe import Reader
+from memory3.train.settings import Report
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a user gives to an ablation. `None` leaves the choice to it.
+
+    Args:
+        data: for `layers`, `tokens`, `selection` and `references` the folder with `qa.parquet` (and `passages.parquet` where
+            readers are trained); for `warmup` and `chunk` files or folders of documents.
+        out: folder of the table, its values, the picture, and checkpoints; needed where something is trained.
+        bank: of `chunk`.
+        limit: most questions, or stretches of text.
+        steps: optimizer steps of each variant. With it `tokens` and `selection` train a reader for each setting, instead of
+            taking one finished model through all of them.
+        tokens_per_head: of the trained readers' halves in `layers`, and of each in `selection`.
+        begins: `warmup`: steps at which memory begins.
+        size: `warmup`: depth of the model.
+        minutes: most wall time of the trainings of this call.
+        seed: of weights, order and questions.
+        text_field: column of the text.
+        tell: told of progress in questions or stretches; preparing: of the preparation; report: takes the training log.
+    """
+
+    data: tuple[str, ...]
+    out: Path | None = None
+    bank: str | None = None
+    limit: int = 300
+    steps: int | None = None
+    tokens_per_head: int | None = None
+    begins: tuple[int, ...] = ()
+    size: int = 4
+    minutes: float | None = None
+    seed: int = 0
+    text_field: str = "text"
+    tell: Callable[[int, int], None] = lambda done, total: None
+    preparing: Callable[[str, int, int | None], None] = lambda what, done, total: None
+    report: Report = lambda line: None
+
+    @property
+    def folder(self) -> Path:
+        """Where something is trained."""
+        if self.out is None:
+            raise SourceError("found no --out, expected a folder: this ablation trains, and goes on there when it is run again")
+        return self.out
+
+    @property
+    def questions(self) -> Path:
+        """The one folder of questions."""
+        if len(self.data) != 1:
+            raise SourceError(f"found {len(self.data)} sources of questions, expected one folder with qa.parquet: --data")
+        return Path(self.data[0])
+
+    def reader(self) -> Reader:
+        """The recipe of the readers that are trained."""
+        return replace(SMALL, steps=self.steps or SMALL.steps, tokens_per_head=self.tokens_per_head or SMALL.tokens_per_head)
+
+    def training(self) -> Training:
+        """What they are trained on and asked."""
+        return Training(self.questions, self.folder, self.limit, self.seed, self.minutes, self.report, self.tell)
+
+
+Load = Callable[[], Decoder]
+"""Loads the finished model; not called where everything is trained."""
+Ablation = Callable[[Load, Inputs], Study]
+
+
+def warmup(load: Load, inputs: Inputs) -> Study:
+    """Is a warmup without memory needed? (the paper's Figure 11): the gain from retrieved references on held-out text, when memory
+    begins half-way or at the first step of equally many tokens."""
+    plan = Plan(begins=inputs.begins, depth=inputs.size, seed=inputs.seed, steps=inputs.steps or Plan.steps)
+    return beginning_study(
+        inputs.data,
+        inputs.folder,
+        plan,
+        text_field=inputs.text_field,
+        minutes=inputs.minutes,
+        report=inputs.report,
+        tell=inputs.preparing,
+    )
+
+
+def layers(load: Load, inputs: Inputs) -> Study:
+    """First half, middle half or all layers as memory layers, at equal key-value slots; a small reader is trained for each."""
+    return retrained_study(layer_variants(inputs.reader()), inputs.training())
+
+
+def tokens(load: Load, inputs: Inputs) -> Study:
+    """1 to 128 tokens per head, of one finished model or with `steps` of a reader trained for each."""
+    if inputs.steps is None:
+        decoder = load()
+        return tokens_study(decoder, cases_of(decoder, inputs), tell=inputs.tell)
+    return retrained_tokens_study(token_variants(inputs.reader()), inputs.training())
+
+
+def selection(load: Load, inputs: Inputs) -> Study:
+    """Each registered selection at equal tokens per head, of one finished model or with `steps` of a reader trained for each."""
+    if inputs.steps is None:
+        decoder = load()
+        return selection_study(decoder, cases_of(decoder, inputs), inputs.tell)
+    return retrained_study(selection_variants(inputs.reader()), inputs.training())
+
+
+def references(load: Load, inputs: Inputs) -> Study:
+    """1 to 20 references at once, one of them gold."""
+    decoder = load()
+    return references_study(decoder, cases_of(decoder, inputs), seed=inputs.seed, tell=inputs.tell)
+
+
+def chunk(load: Load, inputs: Inputs) -> Study:
+    """Recall every 32, 64 or 128 tokens: bits per byte of held-out text."""
+    if inputs.bank is None:
+        raise SourceError(
+            "found no --bank, expected one whose references the chunks recall: memory3 write SOURCES --bank FOLDER"
+        )
+    decoder = load()
+    with open_bank(inputs.bank, decoder) as bank:
+        return chunk_study(decoder, bank, _texts(inputs), limit=inputs.limit, seed=inputs.seed, tell=inputs.tell)
+
+
+def cases_of(decoder: Decoder, inputs: Inputs) -> list[Case]:
+    """Dev questions of one chunk, gold in a reference."""
+    return short_cases(decoder, dev_cases(decoder, inputs.questions, inputs.limit, inputs.seed))
+
+
+def _texts(inputs: Inputs) -> Iterator[str]:
+    return (d.text for d in documents(list(inputs.data), text_field=inputs.text_field))
+
+
+ABLATIONS: dict[str, Ablation] = {
+    "warmup": warmup,
+    "layers": layers,
+    "tokens": tokens,
+    "selection": selection,
+    "references": references,
+    "chunk": chunk,
+}
+
+
+def measure_ablation(name: str, load: Load, inputs: Inputs) -> Study:
+    """Run an ablation, print its table, and leave `NAME.md`, `NAME.json` and, where there is a curve, `NAME.png` in `out`.
+
+    Args:
+        name: row of `ABLATIONS`.
+        load: gives the finished model, called where one is needed.
+        inputs: data, folder and sizes.
+
+    Raises:
+        SourceError: an unknown name, data that cannot be read or is too little, or a missing option.
+        TrainError: a training that cannot start or go on, or whose time was up.
+    """
+    if name not in ABLATIONS:
+        raise SourceError(f"found ablation {name!r}, expected one of {', '.join(ABLATIONS)}")
+    study = ABLATIONS[name](load, inputs)
+    print(study.table)
+    if inputs.out is not None:
+        keep(study, name, inputs.out)
+    return study
+
+
+def keep(study: Study, name: str, folder: Path) -> None:
+    """The table as Markdown, the values as JSON, the curves as a picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(study.table + "\n", "utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(document(study.outcomes), indent=1) + "\n", "utf-8")
+    if study.curves:
+        from memory3.evaluate.picture import draw_study
+
+        draw_study(study, folder / f"{name}.png")
