@@ -329,14 +329,14 @@ def test_a_reader_is_trained_with_its_own_layers_and_selection_and_asked_with_th
     assert variant.name == list(SELECTIONS)[2] == seen[0][0].selection == decoder.spec.selection
     assert (seen[0][0].layers, seen[0][0].tokens_per_head) == ((1, 2), None)
     assert (decoder.spec.layers, decoder.spec.tokens_per_head) == ((1, 2), 8)
-    trained(replace(variant, selection="random"), Training(data, tmp_path))
+    trained(replace(variant, selection="key_norm"), Training(data, tmp_path))
     assert len({settings.folder for _, settings in seen}) == len(seen)
 
 
 def test_a_variant_has_its_row_and_its_controls_and_is_not_trained_twice(data: Path, tmp_path: Path) -> None:
     lines: list[dict[str, float]] = []
     told: list[tuple[int, int]] = []
-    training = Training(data, tmp_path, limit=4, report=lines.append, tell=lambda *done: told.append(done))
+    training = Training(data, tmp_path, limit=8, report=lines.append, tell=lambda *done: told.append(done))
     variants = [Variant("one", TOY), Variant("two", replace(TOY, layers=(0, 1)))]
     study = retrained_study(variants, training)
     ways = ("", ": wrong references", ": closed book")

@@ -8,6 +8,7 @@ from typing import Any
 
 from memory3.cli.bank import bank_app
 from memory3.cli.commands import INCOMPLETE, app
+from memory3.cli.evaluate import eval_app
 from memory3.cli.train import train
 from memory3.spec import Memory3Error
 
@@ -15,6 +16,7 @@ __all__ = ["INCOMPLETE", "app", "main"]
 
 app.command()(train)
 app.add_typer(bank_app, name="bank")
+app.add_typer(eval_app, name="eval")
 
 
 def main() -> None:

@@ -252,67 +252,6 @@ def generate(
         _warn_if_silent([made])
 
 
-@app.command("eval")
-def evaluate(
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="reading: each format; slots: the curve over tokens per head; selections: each at this budget; "
-            "context: writing in context beside plain writing; heads: which of them find references; retrieval: is the right reference found; fusion: its constant; ann: the "
-            "approximate index at --limit vectors."
-        ),
-    ],
-    data: Annotated[Path, typer.Option(help="Folder with qa.parquet, for `retrieval` with passages.parquet too.")],
-    model: Model = None,
-    limit: Annotated[int, typer.Option(min=1, help="Questions.")] = 500,
-    out: Annotated[
-        Path | None, typer.Option(help="Picture, for `slots` and `retrieval`; file of the chosen heads, for `heads`.")
-    ] = None,
-    work: Annotated[Path, typer.Option(help="Where `retrieval` keeps its tables, to go on or to measure again.")] = Path(
-        "runs/retrieval"
-    ),
-    retriever: Annotated[list[str] | None, typer.Option(help="Only these, for `retrieval`; by default all.")] = None,
-    embedder: Embedder = None,
-    seed: Seed = 0,
-    device: Device = None,
-    dtype: Dtype = None,
-) -> None:
-    """Measure reading and retrieval on dev questions, each way beside its control."""
-    from memory3.evaluate.reading import measure
-
-    with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
-        if what == "retrieval":
-            from memory3.embedding import OFFLINE, SentenceEmbedder
-            from memory3.evaluate.retrieval import measure_retrieval
-
-            made = SentenceEmbedder(embedder or OFFLINE, device, dtype or "float32")
-            found = measure_retrieval(decoder, data, work, made, retriever, limit, tell)
-            if out is not None:
-                from memory3.evaluate.picture import draw_retrieval
-
-                draw_retrieval(found, out)
-            return
-        if what == "fusion":
-            from memory3.embedding import OFFLINE, SentenceEmbedder
-            from memory3.evaluate.fusion import measure_fusion
-
-            chosen = SentenceEmbedder(embedder or OFFLINE, device, dtype or "float32")
-            measure_fusion(decoder, data, work, chosen, limit, seed, tell)
-            return
-        if what == "ann":
-            from memory3.embedding import OFFLINE, SentenceEmbedder
-            from memory3.evaluate.ann import measure_ann
-
-            measure_ann(data, work, SentenceEmbedder(embedder or OFFLINE, device, dtype or "float32"), limit, seed, tell)
-            return
-        if what == "heads":
-            from memory3.evaluate.heads import measure_heads
-
-            measure_heads(decoder, data, limit, out, seed, tell)
-            return
-        measure(decoder, data, what, limit, out, seed, tell)
-
-
 @app.command()
 def demo(
     notes: Annotated[Path, typer.Option(help="Documents of the bank.")] = Path("examples/notes"),

@@ -422,7 +422,7 @@ def run_harness(args: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from memory3.evaluate import harness  # under its own name it registers itself, once
+    import memory3.evaluate.harness as harness  # under its own name it registers itself, once
 
     try:
         harness.run_harness(sys.argv[1:])

@@ -17,15 +17,21 @@ from memory3.documents import documents
 from memory3.loading import load
 from memory3.remote import open_bank
 from memory3.spec import MemorySpec
-from memory3.train import convert, instruct, preference, teaching
+from memory3.train.convert import converted, halvings
+from memory3.train.convert import recipe as conversion
 from memory3.train.corpus import Corpus, tokenised
 from memory3.train.grid import RecalledTexts
+from memory3.train.instruct import EPOCHS, Instruct, examples_of, rows_of, schedule_of
+from memory3.train.instruct import PEAK as SFT_PEAK
 from memory3.train.loop import run
+from memory3.train.preference import PEAK as DPO_PEAK
+from memory3.train.preference import pairs_of, preference
 from memory3.train.recipe import Reader
 from memory3.train.retrieved import Asking, ChunkReferences
 from memory3.train.sequences import Continual, Warmup
 from memory3.train.settings import Objective, Report, Schedule, Settings, TrainError
 from memory3.train.shapes import paper_0_9b, paper_2_4b, shape
+from memory3.train.teaching import Lesson, asked, lessons, merged, parted
 from memory3.train.tokenizer import trained_tokenizer
 
 Tell = Callable[[str, int, int | None], None]
@@ -216,7 +222,7 @@ def _continual(inputs: Inputs, thinned: bool) -> Run:
     asking = Asking(exclude_own=inputs.exclude_own)
     references = ChunkReferences(decoder, corpus, open_bank(inputs.bank), length, asking)
     references.prepare(inputs.telling("retrieving"))
-    thinning = convert.halvings(spec.reference_length, spec.tokens_per_head, schedule.steps) if thinned else ()
+    thinning = halvings(spec.reference_length, spec.tokens_per_head, schedule.steps) if thinned else ()
     objective = Continual(
         decoder,
         corpus,
@@ -255,40 +261,41 @@ def convert_labels(inputs: Inputs) -> Run:
 def _convert(inputs: Inputs, lora: bool, labels: bool = False) -> Run:
     decoder = _loaded(inputs)
     found = lessons_of(inputs, decoder)
-    pool, held = teaching.parted(found, min(500, len(found) // 10), inputs.seed)
-    objective, adapters, settings = convert.recipe(
+    pool, held = parted(found, min(500, len(found) // 10), inputs.seed)
+    objective, adapters, settings = conversion(
         decoder, pool, inputs.out, steps=inputs.steps or 2000, lora=lora, seed=inputs.seed
     )
     if labels:
-        objective = replace(objective, label_loss=1.0, distillation=0.0)
+        mixture = replace(objective.mixture, wrong=0.0)  # contexts without their reference carry no label
+        objective = replace(objective, label_loss=1.0, distillation=0.0, mixture=mixture)
     if inputs.batch:
         objective = replace(objective, mixture=replace(objective.mixture, batch=inputs.batch))
     schedule = replace(settings.schedule, peak=inputs.rate or settings.schedule.peak)
     settings = inputs.settings(schedule)
 
     def train(report: Report) -> int:
-        return convert.converted(decoder, objective, settings, lora=adapters, held=held, report=report)[1]
+        return converted(decoder, objective, settings, lora=adapters, held=held, report=report)[1]
 
     return Run(decoder, settings, decoder.spec, train)
 
 
-def lessons_of(inputs: Inputs, decoder: Decoder) -> list[teaching.Lesson]:
+def lessons_of(inputs: Inputs, decoder: Decoder) -> list[Lesson]:
     """Rows of a table with questions as questions about their passages, everything else as documents."""
     tables = [Path(d) for d in inputs.data if _asks(Path(d))]
     rest = [d for d in inputs.data if Path(d) not in tables]
-    rows = (row for table in tables for row in instruct.rows_of(table))
-    found = teaching.asked(decoder, rows) if tables else []
+    rows = (row for table in tables for row in rows_of(table))
+    found = asked(decoder, rows) if tables else []
     if rest:
         telling = inputs.telling("cutting documents")
-        found += teaching.lessons(decoder, documents(rest, text_field=inputs.text_field), telling)
-    return teaching.merged(found)
+        found += lessons(decoder, documents(rest, text_field=inputs.text_field), telling)
+    return merged(found)
 
 
 def _asks(table: Path) -> bool:
     """Whether a file is a table whose first row has a question."""
     if table.suffix not in (".jsonl", ".parquet"):
         return False
-    first = next(iter(instruct.rows_of(table)), None)
+    first = next(iter(rows_of(table)), None)
     return first is not None and "question" in first[1]
 
 
@@ -302,9 +309,9 @@ def sft_paper(inputs: Inputs) -> Run:
     finetuning without memory. Hardware: what holds the model four times.
     """
     decoder = _loaded(inputs)
-    found = [e for d in inputs.data for e in instruct.examples_of(decoder, Path(d), tell=inputs.telling("reading examples"))]
-    objective = instruct.Instruct(found, inputs.batch or 8, inputs.seed, recalled_by(inputs, decoder))
-    schedule = instruct.schedule_of(inputs.rate or instruct.PEAK, inputs.steps or objective.steps())
+    found = [e for d in inputs.data for e in examples_of(decoder, Path(d), tell=inputs.telling("reading examples"))]
+    objective = Instruct(found, inputs.batch or 8, inputs.seed, recalled_by(inputs, decoder))
+    schedule = schedule_of(inputs.rate or SFT_PEAK, inputs.steps or objective.steps())
     return plain_run(decoder, nullcontext(objective), inputs.settings(schedule), _kept_spec(inputs, decoder))
 
 
@@ -315,11 +322,11 @@ def dpo_paper(inputs: Inputs) -> Run:
     times, for the reference model stays beside it. 3 epochs, which the paper does not say.
     """
     decoder = _loaded(inputs)
-    pairs = [p for d in inputs.data for p in preference.pairs_of(decoder, Path(d), tell=inputs.telling("reading pairs"))]
+    pairs = [p for d in inputs.data for p in pairs_of(decoder, Path(d), tell=inputs.telling("reading pairs"))]
     size = inputs.batch or 4
-    made = preference.preference(decoder, pairs, size, inputs.seed, recalled_by(inputs, decoder))
-    steps = inputs.steps or instruct.EPOCHS * -(-len(pairs) // min(size, len(pairs)))
-    schedule = instruct.schedule_of(inputs.rate or preference.PEAK, steps)
+    made = preference(decoder, pairs, size, inputs.seed, recalled_by(inputs, decoder))
+    steps = inputs.steps or EPOCHS * -(-len(pairs) // min(size, len(pairs)))
+    schedule = schedule_of(inputs.rate or DPO_PEAK, steps)
     return plain_run(decoder, made, inputs.settings(schedule), _kept_spec(inputs, decoder))
 
 
