@@ -14,16 +14,18 @@ import pytest
 import torch
 from families import tiny_model, tiny_tokenizer
 
+from memory3.answering import question_prompt
 from memory3.bank import Bank
 from memory3.decoder import Decoder, attach
 from memory3.documents import documents
-from memory3.evaluate import retraining
+from memory3.evaluate import retraining, variations
 from memory3.evaluate.ablations import ABLATIONS, Inputs, cases_of, measure_ablation
 from memory3.evaluate.arms import CLOSED, SPARSE, WRONG
 from memory3.evaluate.beginning import Begun, Plan, beginning_study, fresh, held_losses, losses_table, of_others, parted
 from memory3.evaluate.reading import Case, score_of
 from memory3.evaluate.retraining import Training, Variant, layer_variants, retrained_study, selection_variants, trained
 from memory3.evaluate.variations import answered, chunk_study, gold_and, references_study, tokens_study, with_others
+from memory3.generation import complete
 from memory3.selection import SELECTIONS
 from memory3.spec import MemorySpec, Reference, SourceError
 from memory3.train.recipe import Reader
@@ -77,15 +79,44 @@ def cases(decoder: Decoder, data: Path, limit: int = 24) -> list[Case]:
 # ---- a finished model ----
 
 
-def test_each_number_of_tokens_is_what_a_model_attached_with_it_answers(decoder: Decoder, data: Path) -> None:
-    asked = cases(decoder, data, 8)
-    study = tokens_study(decoder, asked, (1, 64, 128))
+Asked = list[tuple[str, int | None, list[list[str]]]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Name, kept tokens and given references of everything that is asked."""
+    seen: Asked = []
+
+    def noted(name: str, decoder: Decoder, cases: Sequence[Case], given: Any, **options: Any) -> Any:
+        seen.append((name, decoder.spec.tokens_per_head, [list(given(c)) if given else [] for c in cases]))
+        return score_of(name, decoder, cases, given, **options)
+
+    monkeypatch.setattr(variations, "score_of", noted)
+    return seen
+
+
+def test_each_number_of_tokens_is_asked_with_the_same_references(decoder: Decoder, data: Path, asked: Asked) -> None:
+    some = cases(decoder, data, 8)
+    study = tokens_study(decoder, some, (1, 64, 128))
     assert [o.arm for o in study.outcomes] == ["1 token per head", "64 tokens per head", CLOSED, WRONG]
-    for kept, outcome in study.curves["gold among four others"]:
-        with attach(tiny_model("llama"), tiny_tokenizer(), replace(SPEC, tokens_per_head=int(kept))) as other:
-            score = score_of("", other, asked, gold_and(4))
-        assert outcome.values == {"exact match": score.exacts, "f1": score.f1s}
-        assert outcome.references == 5
+    mixed = [list(gold_and(4)(c)) for c in some]
+    assert asked == [
+        ("1 token per head", 1, mixed),
+        ("64 tokens per head", 64, mixed),
+        (CLOSED, 4, [[]] * 8),
+        (WRONG, 4, [list(c.others) for c in some]),
+    ]
+    assert all(c.gold in given and set(c.others) < set(given) for c, given in zip(some, mixed, strict=True))
+    assert [o.references for o in study.outcomes] == [5, 5, 0, 4]
+
+
+def test_what_is_answered_is_scored(decoder: Decoder, data: Path) -> None:
+    [case] = cases(decoder, data, 1)
+    prompt = question_prompt(decoder, case.question)
+    [said] = complete(decoder, [prompt], max_new_tokens=24)
+    right = replace(case, answers=(said.text.strip().split("\n")[0],))
+    outcome = answered("", decoder, [right, case], None)
+    assert outcome.values["exact match"] == (1.0, 0.0)
 
 
 def test_a_smaller_set_of_references_is_part_of_every_larger_one_and_holds_gold_once(decoder: Decoder, data: Path) -> None:
@@ -100,23 +131,30 @@ def test_a_smaller_set_of_references_is_part_of_every_larger_one_and_holds_gold_
     assert crowded == with_others(cases(decoder, data), 12) != with_others(cases(decoder, data), 12, seed=1)
 
 
+def test_no_other_reference_holds_an_accepted_answer(decoder: Decoder, data: Path) -> None:
+    first, second, *rest = cases(decoder, data)
+    shared = replace(first, answers=(*first.answers, second.answers[0]))
+    [case, *_] = with_others([shared, second, *rest], 22)
+    assert set(case.others) == {c.gold for c in rest}
+
+
 def test_too_few_questions_for_so_many_references_are_refused(decoder: Decoder, data: Path) -> None:
     with pytest.raises(SourceError, match="found 7 other references .* expected 20: give a larger --limit"):
         references_study(decoder, cases(decoder, data, 8))
 
 
-def test_gold_alone_among_the_references_is_gold_alone(decoder: Decoder, data: Path) -> None:
-    asked = cases(decoder, data)[:8]
-    study = references_study(decoder, asked, (1, 4))
-    assert [(o.arm, o.references) for o in study.outcomes] == [
-        ("gold alone", 1),
-        ("gold among 4 references", 4),
-        ("4 wrong references", 4),
-        (CLOSED, 0),
+def test_references_are_added_to_gold_one_by_one(decoder: Decoder, data: Path, asked: Asked) -> None:
+    some = cases(decoder, data)[:8]
+    study = references_study(decoder, some, (1, 4), seed=3)
+    crowded = with_others(some, 4, seed=3)
+    assert asked == [
+        ("gold alone", 4, [[c.gold] for c in some]),
+        ("gold among 4 references", 4, [list(gold_and(3)(c)) for c in crowded]),
+        (CLOSED, 4, [[]] * 8),
+        ("4 wrong references", 4, [list(c.others) for c in crowded]),
     ]
-    alone = answered("", decoder, asked, lambda case: [case.gold])
-    assert study.outcomes[0].values == alone.values
-    assert study.curves["gold among others"][0][1] is study.outcomes[0]
+    assert [o.references for o in study.outcomes] == [1, 4, 4, 0]
+    assert [(x, o.arm) for x, o in study.curves["gold among others"]] == [(1, "gold alone"), (4, "gold among 4 references")]
 
 
 NOTES = [f"The {word} of the old town was built by a man in {1900 + n}." for n, word in enumerate(("bridge", "tower", "gate"))]
@@ -336,7 +374,7 @@ def test_a_reader_is_trained_with_its_own_layers_and_selection_and_asked_with_th
 def test_a_variant_has_its_row_and_its_controls_and_is_not_trained_twice(data: Path, tmp_path: Path) -> None:
     lines: list[dict[str, float]] = []
     told: list[tuple[int, int]] = []
-    training = Training(data, tmp_path, limit=8, report=lines.append, tell=lambda *done: told.append(done))
+    training = Training(data, tmp_path, limit=5, report=lines.append, tell=lambda *done: told.append(done))
     variants = [Variant("one", TOY), Variant("two", replace(TOY, layers=(0, 1)))]
     study = retrained_study(variants, training)
     ways = ("", ": wrong references", ": closed book")

@@ -152,7 +152,6 @@ def test_bad_input_gets_one_sentence(tmp_path: Path, bank: Path, model: Path) ->
     assert "found no device" in refused(*ask, "--bank", bank, "--device", "nowhere")
     assert "cannot be made" in refused("train", "warmup", "--data", file, "--out", file, "--model", model)
     assert "found stage" in refused("train", "nothing", "--data", file, "--out", tmp_path / "out", "--model", model)
-    assert "found eval" in refused("eval", "nothing", "--data", tmp_path, "--model", model)
 
 
 def test_damaged_model_files_get_one_sentence(tmp_path: Path) -> None:

@@ -80,4 +80,5 @@ def shapes(command: str, lines: list[str]) -> list[str]:
 
 def test_every_command_of_the_tutorial_prints_lines_of_the_shape_that_the_page_shows(printed: dict[str, Any]) -> None:
     for (command, said), (_, lines) in zip(RERUN["commands"](PAGE), printed["lines"], strict=True):
-        assert shapes(command, RERUN["shortened"]("\n".join(lines))) == shapes(command, said), command
+        if said:  # the page shows nothing of some commands
+            assert shapes(command, RERUN["shortened"]("\n".join(lines))) == shapes(command, said), command

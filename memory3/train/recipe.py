@@ -22,10 +22,10 @@ from memory3.train.reading import Phase, ReadingObjective
 from memory3.train.settings import Schedule, Settings, TrainError
 from memory3.train.tokenizer import trained_tokenizer
 
-STEPS = 4200
+STEPS = 6000
 PHASES = (
     Phase(
-        until=500,
+        until=600,
         references=((1, 0.5), (2, 0.3), (5, 0.2)),
         slots=((None, 1.0),),
         tasks=(("asked", 0.1), ("question", 0.5), ("cloze", 0.2), ("completion", 0.2)),
@@ -35,7 +35,7 @@ PHASES = (
         longest=(32, 96),
     ),
     Phase(
-        until=1200,
+        until=1400,
         references=((1, 0.1), (3, 0.4), (5, 0.5)),
         slots=((None, 1.0),),
         tasks=(("asked", 0.25), ("question", 0.45), ("cloze", 0.22), ("completion", 0.08)),
@@ -46,7 +46,7 @@ PHASES = (
         neighbour=0.1,
     ),
     Phase(
-        until=1800,
+        until=2200,
         references=((1, 0.1), (3, 0.2), (5, 0.7)),
         slots=((None, 0.6), (64, 0.4)),
         tasks=(("asked", 0.45), ("question", 0.35), ("cloze", 0.15), ("completion", 0.05)),

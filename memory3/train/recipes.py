@@ -346,7 +346,7 @@ def _kept_spec(inputs: Inputs, decoder: Decoder) -> MemorySpec | None:
 
 
 def reader_shipped(inputs: Inputs) -> Run:
-    """The model that ships: 8.3 M parameters, 4,200 steps; `memory3.train.recipe` has its shape, data and phases.
+    """The model that ships: 8.3 M parameters, 6,000 steps; `memory3.train.recipe` has its shape, data and phases.
 
     Data: one folder with `qa.parquet` (columns dataset, split, question, answers, title, passage) and `passages.parquet`
     (title, text). Hardware: two cores. What to expect stands in docs/results.md, beside its controls.
