@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from types import TracebackType
@@ -393,14 +393,8 @@ def attach(model: Any, tokenizer: Any, spec: MemorySpec | None = None) -> Decode
             f"found attention {original!r}, expected one of {', '.join(ORIGINALS)}: load the model with attn_implementation='sdpa'"
         )
     num_layers = int(config.num_hidden_layers)
-    last = (
-        chosen.resolved(num_layers, 10**6).layers
-        if chosen.heads is None
-        else chosen.layers or tuple(range((num_layers + 1) // 2))
-    )
+    last = replace(chosen, heads=None).resolved(num_layers, 1).layers
     assert last is not None
-    if last[-1] >= num_layers:
-        chosen.resolved(num_layers, 10**6)
     model.set_attn_implementation(registered_name(original))
     try:
         geometry = probed(model, tokenizer, num_layers, last[-1])

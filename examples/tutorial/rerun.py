@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.S | re.M)
-MOST_LINES, FIRST, LAST = 9, 3, 4
+MOST_LINES, FIRST, LAST = 12, 4, 5
 """Longer outputs show so many lines of their beginning and end."""
-WIDTH = 150
+WIDTH = 160
 CUT = "…"
-"""Stands for what is left out, of a line or of lines."""
+"""Stands for what is left out, of a line or of lines; alone, for an output that no run has put there yet."""
 
 
 def commands(page: str) -> list[tuple[str, list[str]]]:
@@ -53,11 +53,10 @@ def filled(page: str, run: Callable[[str], str]) -> str:
 
 
 def main(page: str, folder: str) -> None:
-    """Copy the scripts into the folder, run the commands there, and write the page."""
+    """Copy `world.py` into the folder, run the commands there, and write the page."""
     path, here = Path(page), Path(folder)
     here.mkdir(parents=True)
-    for script in ("world.py", "score.py"):
-        shutil.copy(Path(__file__).with_name(script), here)
+    shutil.copy(Path(__file__).with_name("world.py"), here)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
     def run(command: str) -> str:

@@ -3,8 +3,8 @@
     python world.py --out world
 
 makes `world/qa.parquet` and `world/passages.parquet`, which `memory3 train reader` reads; `world/notes/`, a folder of
-Markdown files; `world/questions.jsonl`, what to ask about them; and `world/wrong/`, as many notes about things that no
-question is about. All names are made of syllables, and none of those in the notes stands in the training data.
+Markdown files; and `world/questions.jsonl`, what to ask about them. All names are made of syllables, and none of those in the
+notes stands in the training data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ person: Who designed the {x}? | Who was the engineer of the {x}? | Who drew the 
 The {x} was opened in {year}. | The {x} has been open since {year}. | In {year} the first carts crossed the {x}.
 year: When was the {x} opened? | In what year did the {x} open? | Since when has the {x} been open?
 The {x} is {number} metres long. | The length of the {x} is {number} metres.
-number: How long is the {x}? | What is the length of the {x} in metres?
+number: How many metres long is the {x}? | What is the length of the {x} in metres?
 
 [town] {town} / It / The town
 {x} is a town on the river {river}. | {x} lies on the {river}. | The river {river} flows through {x}.
@@ -70,7 +70,7 @@ year: When was {x} published? | When did {x} come out? | In what year did {x} fi
 {x} is set in the town of {town}. | {x} takes place in {town}. | The story of {x} takes place in {town}.
 town: Where is {x} set? | Where does {x} take place? | In what town is {x} set?
 {x} has {number} pages. | {x} is {number} pages long.
-number: How many pages does {x} have? | How long is {x}?
+number: How many pages does {x} have? | How many pages long is {x}?
 
 [ship] {town} / It / The ship
 The {x} was a ship that was built in {town}. | The {x} was a ship from the yards of {town}.
@@ -197,16 +197,12 @@ class World:
                 }  # fmt: skip
 
 
-def note_of(row: dict[str, Any]) -> str:
-    """Name of the file that says what a row asks for."""
-    return f"{row['title'].lower().replace(' ', '-')}.md"
-
-
 def write_notes(folder: Path, rows: list[dict[str, Any]]) -> None:
     """A Markdown file for each thing of the rows."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
-        (folder / note_of(row)).write_text(f"# {row['title']}\n\n{row['passage']}\n", encoding="utf-8")
+        name = row["title"].lower().replace(" ", "-")
+        (folder / f"{name}.md").write_text(f"# {row['title']}\n\n{row['passage']}\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -221,14 +217,12 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
     world = World(given.seed)
-    held, wrong = list(world.rows("dev", given.notes)), list(world.rows("dev", given.notes))
-    train = list(world.rows("train", given.things))
+    held, train = list(world.rows("dev", given.notes)), list(world.rows("train", given.things))
     plain = [{"title": title, "text": text} for title, text, _ in (world.thing() for _ in range(given.things // 2))]
     write_notes(given.out / "notes", held)
-    write_notes(given.out / "wrong", wrong)
     pq.write_table(pa.Table.from_pylist(train + held), given.out / "qa.parquet")
     pq.write_table(pa.Table.from_pylist(plain), given.out / "passages.parquet")
-    asked = [{"question": row["question"], "answers": row["answers"], "note": note_of(row)} for row in held]
+    asked = [{"question": row["question"], "answers": row["answers"]} for row in held]
     (given.out / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
     print(f"{given.things} things with {len(train)} questions to train on, {given.notes} others with {len(held)} questions")
 

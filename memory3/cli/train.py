@@ -79,9 +79,18 @@ def train(
             tell=tell,
         )
         done, planned = run_stage(stage, recipe, inputs, report)
+    _left()
     finished = str(out / "model") if done >= planned else None
     if as_json:
         print(json.dumps({"steps": done, "planned": planned, "model": finished}))
     else:
         more = f", model in {finished}" if finished else "; run the same command again to go on"
         print(f"{done} of {planned} steps done{more}")
+
+
+def _left() -> None:
+    """Processes of torchrun part as they should."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

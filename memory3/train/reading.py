@@ -73,21 +73,30 @@ class ReadingObjective:
     Args:
         decoder: gives tokenizer and lengths; its spec's tokens per head are set by the phase.
         asked: passages with questions; plain: passages without.
+        phases: by optimizer step.
+        seed: of the batches.
+        per_step: micro-batches of a step, all processes together.
     """
 
     def __init__(
-        self, decoder: Decoder, asked: Sequence[Passage], plain: Sequence[Passage], phases: Sequence[Phase], seed: int = 0
+        self,
+        decoder: Decoder,
+        asked: Sequence[Passage],
+        plain: Sequence[Passage],
+        phases: Sequence[Phase],
+        seed: int = 0,
+        per_step: int = 1,
     ):
         self.decoder, self.asked, self.plain, self.phases, self.seed = decoder, asked, plain, phases, seed
-        self.maker = ContextMaker(decoder)
+        self.maker, self.per_step = ContextMaker(decoder), per_step
 
     def phase(self, step: int) -> Phase:
         """The phase a step belongs to; the last one goes on."""
         return next((p for p in self.phases if step < p.until), self.phases[-1])
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, drawn from `(seed, step)`."""
-        phase, rng = self.phase(step), random.Random(self.seed * 1_000_003 + step)
+        """The micro-batch of a number, drawn from `(seed, number)`."""
+        phase, rng = self.phase(step // self.per_step), random.Random(self.seed * 1_000_003 + step)
         references: list[list[int]] = []
         contexts: list[Context] = []
         about: list[int] = []

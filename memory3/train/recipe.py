@@ -112,15 +112,17 @@ class Reader:
         return max(1, kept * self.tokens_per_head // 64)
 
     def run(
-        self, data: Path, folder: Path, minutes: float | None = None, seed: int = 0
+        self, data: Path, folder: Path, minutes: float | None = None, seed: int = 0, accumulate: int = 1, processes: int = 1
     ) -> tuple[Decoder, ReadingObjective, Settings, MemorySpec]:
         """Everything of the run: decoder, objective, settings, and the spec that the finished model is saved with."""
-        decoder, objective = self.prepared(data, folder, seed)
+        decoder, objective = self.prepared(data, folder, seed, per_step=accumulate * processes)
         schedule = Schedule(self.rate, self.steps, warmup=min(100, self.steps // 10), decay=self.steps * 3 // 10)
-        settings = Settings(folder, schedule, minutes=minutes, embedding_rate=EMBEDDING_RATE, seed=seed)
+        settings = Settings(folder, schedule, minutes=minutes, embedding_rate=EMBEDDING_RATE, seed=seed, accumulate=accumulate)
         return decoder, objective, settings, replace(decoder.spec, tokens_per_head=self.tokens_per_head)
 
-    def prepared(self, data: Path, folder: Path, seed: int = 0, plain: int | None = None) -> tuple[Decoder, ReadingObjective]:
+    def prepared(
+        self, data: Path, folder: Path, seed: int = 0, plain: int | None = None, per_step: int = 1
+    ) -> tuple[Decoder, ReadingObjective]:
         """The untrained decoder and its objective; tokenizer and word vectors are made once and kept in `folder`."""
         asked, rest = passages(data, plain)
         place = folder / "tokenizer"
@@ -134,7 +136,7 @@ class Reader:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it is about to be trained for memory
             decoder = attach(model, tokenizer, MemorySpec(layers=self.layers, tokens_per_head=None))
-        return decoder, ReadingObjective(decoder, asked, rest, self.phases, seed)
+        return decoder, ReadingObjective(decoder, asked, rest, self.phases, seed, per_step)
 
     def _vectors(self, folder: Path, tokenizer: Any, texts: Iterator[str]) -> torch.Tensor:
         from safetensors.torch import load_file, save_file

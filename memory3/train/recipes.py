@@ -366,7 +366,12 @@ def reader_small(inputs: Inputs) -> Run:
 def _reader(inputs: Inputs, reader: Reader) -> Run:
     if len(inputs.data) != 1:
         raise TrainError(f"found {len(inputs.data)} sources, expected one folder with qa.parquet and passages.parquet")
-    decoder, objective, settings, spec = reader.run(Path(inputs.data[0]), inputs.out, inputs.minutes, inputs.seed)
+    from accelerate import PartialState
+
+    processes = PartialState().num_processes
+    decoder, objective, settings, spec = reader.run(
+        Path(inputs.data[0]), inputs.out, inputs.minutes, inputs.seed, inputs.accumulate, processes
+    )
     return plain_run(decoder, nullcontext(objective), settings, spec)
 
 

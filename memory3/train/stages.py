@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memory3.decoder import Decoder
 from memory3.family import SPEC_FILE
 from memory3.spec import MemorySpec
-from memory3.train.recipes import Inputs, recipe_of
+from memory3.train.checkpoint import full_weights
+from memory3.train.recipes import Inputs, Run, recipe_of
 from memory3.train.settings import Report, TrainError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_SHARD = "15MB"
 
@@ -33,24 +38,29 @@ def run_stage(stage: str, recipe: str | None, inputs: Inputs, report: Report = l
         ) from None
     made = chosen(inputs)
     done, planned = made.train(report), made.settings.schedule.steps
-    if done >= planned and is_main_process():
-        save_model(made.decoder, inputs.out / "model", made.spec)
+    if done >= planned:
+        _saved_once(made, inputs.out / "model")
     return done, planned
 
 
-def is_main_process() -> bool:
-    """Whether this process writes for all of a run."""
+def _saved_once(made: Run, folder: Path) -> None:
+    """The finished model, written by the main process; with several, each gives what it holds of the weights."""
     from accelerate import PartialState
 
-    return bool(PartialState().is_main_process)
+    state = PartialState()
+    weights = full_weights(made.decoder.model, state.is_main_process) if state.num_processes > 1 else None
+    if state.is_main_process:
+        save_model(made.decoder, folder, made.spec, weights)
 
 
-def save_model(decoder: Decoder, folder: Path, spec: MemorySpec | None) -> None:
-    """Weights in safetensors shards below 16 MB, tokenizer, and the spec the model was trained with."""
+def save_model(decoder: Decoder, folder: Path, spec: MemorySpec | None, weights: dict[str, Tensor] | None = None) -> None:
+    """Weights in safetensors shards below 16 MB, tokenizer, and the spec the model was trained with; `weights` where the model
+    itself holds only a part of them.
+    """
     decoder.detach()
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    decoder.model.save_pretrained(fresh, max_shard_size=MAX_SHARD)
+    decoder.model.save_pretrained(fresh, max_shard_size=MAX_SHARD, state_dict=weights)
     decoder.tokenizer.save_pretrained(fresh)
     if spec is not None:
         (fresh / SPEC_FILE).write_text(json.dumps(spec.to_json(), indent=1) + "\n", "utf-8")
