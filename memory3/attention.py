@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from memory3.fused import attention as fused_attention
+from memory3.fused import available
 from memory3.spec import Memory, MemorySpec
 
 Attended = tuple[Tensor, Tensor | None]
@@ -272,6 +274,11 @@ class _Scoring:
         default = states.query.shape[-1] ** -0.5
         return cls(default if scaling is None else scaling, options.get("softcap"), float(options.get("dropout") or 0.0))
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but the scaling."""
+        return self.softcap is None and not self.dropout
+
     def logits(self, query: Tensor, key: Tensor) -> Tensor:
         """Scaled and capped `query @ key.T`, a fresh tensor of float32 or more.
 
@@ -288,6 +295,8 @@ class _Scoring:
 
 def _over_context(states: States, score: _Scoring, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """The causal attention, as the masks of transformers define it: output `(B, H * G, Q, D)` and log-sum-exp."""
+    if sinks is None and score.plain and available(states.query):
+        return fused_attention(states.query, states.key, states.value, states.mask, score.scaling)
     query = states.query.unflatten(1, (states.key.shape[1], -1))  # (B, H, G, Q, D)
     logits = score.logits(query, states.key[:, :, None]).flatten(1, 2)  # (B, H * G, Q, keys)
     weights, lse = _softmax(_masked(logits, states.mask))

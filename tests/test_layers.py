@@ -11,7 +11,7 @@ import memory3
 
 PACKAGE = Path(memory3.__file__).parent
 ROWS = [
-    ["spec", "quiet"],
+    ["spec", "quiet", "fused"],
     ["attention", "rotation", "identity", "selection", "codec", "documents", "shards", "embedding", "tables", "context"],
     ["family", "states", "manifest", "splitting"],
     ["catalogue"],
