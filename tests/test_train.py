@@ -13,6 +13,7 @@ from memory3.attention import Reading
 from memory3.decoder import attach
 from memory3.spec import MemorySpec
 from memory3.train.loop import Schedule, Settings, TrainError, run
+from memory3.train.recalled import read_texts
 from memory3.train.sequences import Warmup
 
 SPEC = MemorySpec(tokens_per_head=4, chunk_length=16)
@@ -63,3 +64,29 @@ def test_gradient_reaches_a_reference_through_its_memory() -> None:
         assert stack.keys.grad is not None
         assert float(stack.keys.grad.abs().sum()) > 0
         decoder.model.zero_grad()
+
+
+@pytest.mark.parametrize("family", ["starcoder2", "gpt-neox"])  # whose norms stay in float64
+def test_the_gradient_of_the_memory_path_equals_finite_differences_in_float64(family: str) -> None:
+    """Along a random direction of all weights: encoding, selection (which stands still), reading and the merge of two softmaxes."""
+    with attach(tiny_model(family).double(), tiny_tokenizer(), SPEC) as decoder:
+        layout = decoder.layout([decoder.context("what does the quick fox do in the morning?")])
+        rows = [[["a quick fox jumps over a dog", "dogs sleep"], ["dogs sleep"], ["a fox"]]]
+
+        def loss() -> torch.Tensor:
+            logits = decoder.forward(layout, read_texts(decoder, layout, rows)).logits
+            return torch.nn.functional.cross_entropy(logits[0, :-1], layout.input_ids[0, 1:])
+
+        weights = [p for p in decoder.model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+        made = torch.Generator().manual_seed(0)
+        ways = [torch.randn(p.shape, generator=made, dtype=p.dtype) for p in weights]
+        along = sum(float((g * w).sum()) for g, w in zip(gradients, ways, strict=True) if g is not None)
+        ends = []
+        with torch.no_grad():
+            for step in (1e-6, -2e-6):
+                for p, w in zip(weights, ways, strict=True):
+                    p.add_(w, alpha=step)
+                ends.append(float(loss()))
+    assert along == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-8)
+    assert abs(along) > 1e-4
