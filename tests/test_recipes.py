@@ -117,10 +117,10 @@ def test_the_reader_in_small_is_trained_on_tables_of_ones_own(tmp_path: Path) ->
     world.mkdir()
     pq.write_table(pa.Table.from_pylist([{**asked, "passage": TEXT[:400]}] * 4), world / "qa.parquet")
     pq.write_table(pa.Table.from_pylist([{"title": "Arven", "text": TEXT[:600]}] * 3), world / "passages.parquet")
-    made = trained(tmp_path / "out", "reader", "small", "--data", world, "--steps", "5")
+    made = trained(tmp_path / "out", "reader", "small", "--data", world, "--steps", "5", "--tokens-per-head", "24")
     decoder = load(made)
     assert decoder.trained
-    assert decoder.spec.tokens_per_head == 64
+    assert decoder.spec.tokens_per_head == 24
     assert len(decoder.tokenizer) <= 2048
 
 
@@ -150,5 +150,12 @@ def test_what_is_missing_or_unknown_is_one_clear_sentence(tmp_path: Path, text: 
         recipe_of("continual", None)(inputs)
     with pytest.raises(TrainError, match="starts from fresh weights"):
         recipe_of("warmup", "small")(inputs)
+    pq.write_table(
+        pa.table({k: ["x"] for k in ("dataset", "split", "question", "title", "passage")} | {"answers": [["y"]]}),
+        tmp_path / "qa.parquet",
+    )
+    pq.write_table(pa.table({"title": ["x"], "text": ["short"]}), tmp_path / "passages.parquet")
+    with pytest.raises(TrainError, match="found 0 passages with train questions and 0 others"):
+        recipe_of("reader", "small")(Inputs((str(tmp_path),), tmp_path / "out"))
     with pytest.raises(TrainError, match="found nothing for --data"):
         command("train", "warmup", "--out", tmp_path)

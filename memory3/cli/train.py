@@ -9,7 +9,7 @@ import typer
 
 from memory3.cli.common import Json, Model, Seed, TokensPerHead, spec_of, training
 
-Stage = Annotated[str, typer.Argument(help="warmup, continual, convert, sft, dpo, or reader (the model that ships).")]
+Stage = Annotated[str, typer.Argument(help="warmup, continual, convert, sft, dpo, or reader (a small one from nothing).")]
 Recipe = Annotated[str | None, typer.Argument(help="Which recipe of the stage; without, its first. `--list` names them.")]
 
 

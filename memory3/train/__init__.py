@@ -1,1 +1,1 @@
-"""Training for memory: the loop, the two stages of the paper, and the recipe of the model that ships."""
+"""Training for memory: the loop, the two stages of the paper, and the recipes."""

@@ -1,4 +1,7 @@
-"""The recipe of the model that ships: its shape, tokenizer, data and phases."""
+"""The recipe of a small reader on real questions: its shape, tokenizer, data and phases.
+
+An earlier state of it made the model that ships (its card says which).
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,7 @@ class Reader:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Those of the model that ships, stretched to the steps of this run; they thin out to its tokens per head."""
+        """Those of the full run, stretched to the steps of this run; they thin out to its tokens per head."""
         return tuple(
             replace(p, until=max(n, round(p.until * self.steps / STEPS)), slots=tuple((self._kept(k), w) for k, w in p.slots))
             for n, p in enumerate(PHASES, 1)
@@ -169,7 +172,13 @@ def passages(data: Path, plain: int | None = None) -> tuple[list[Passage], list[
     table = pq.read_table(data / "passages.parquet", columns=["title", "text"])
     stride = max(1, table.num_rows // plain) if plain else 1
     rest = [Passage(r["title"] or "", r["text"]) for r in table.take(list(range(0, table.num_rows, stride))).to_pylist()]
-    return asked, [p for p in rest if len(p.text.split()) >= 20]
+    plain_ones = [p for p in rest if len(p.text.split()) >= 20]
+    if not asked or not plain_ones:
+        raise TrainError(
+            f"found {len(asked)} passages with train questions and {len(plain_ones)} others of 20 words or more in {data}, expected "
+            "some of each: an answer has to stand word by word in its passage"
+        )
+    return asked, plain_ones
 
 
 def fresh_model(tokenizer: Any, pointing_layer: int, vectors: torch.Tensor | None = None) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from memory3.decoder import Decoder
 from memory3.family import SPEC_FILE
+from memory3.quiet import without_bars
 from memory3.spec import MemorySpec
 from memory3.train.checkpoint import full_weights
 from memory3.train.recipes import Inputs, Run, recipe_of
@@ -60,8 +61,9 @@ def save_model(decoder: Decoder, folder: Path, spec: MemorySpec | None, weights:
     decoder.detach()
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    decoder.model.save_pretrained(fresh, max_shard_size=MAX_SHARD, state_dict=weights)
-    decoder.tokenizer.save_pretrained(fresh)
+    with without_bars():
+        decoder.model.save_pretrained(fresh, max_shard_size=MAX_SHARD, state_dict=weights)
+        decoder.tokenizer.save_pretrained(fresh)
     if spec is not None:
         (fresh / SPEC_FILE).write_text(json.dumps(spec.to_json(), indent=1) + "\n", "utf-8")
     shutil.rmtree(folder, ignore_errors=True)
