@@ -42,12 +42,14 @@ COMMANDS = (
     "bank compact",
     "bank export",
     "bank import",
+    "train",
+    "eval qa",
 )
 TABLES: dict[str, dict[str, str]] = {
     heading: dict(re.findall(r"^\| `([^`]+)` \| ([a-z ]+) \|", section, re.M))
     for heading, section in re.findall(r"^## `([a-z ]+) --json`\n(.*?)(?=^## |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
 }
-NAMED_BY_CONTENT = {"memory.attention_mass": "LAYER"}
+NAMED_BY_CONTENT = {"memory.attention_mass": "LAYER", "arms[].metrics": "METRIC"}
 """Objects whose keys are data, and the word that the page has for them."""
 
 
@@ -75,7 +77,7 @@ def objects(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(value, dict):
         yield path, value
         for name, inner in value.items():
-            yield from objects(inner, f"{path}.{name}".lstrip("."))
+            yield from objects(inner, f"{path}.{NAMED_BY_CONTENT.get(path, name)}".lstrip("."))
     elif isinstance(value, list):
         for inner in value:
             yield from objects(inner, f"{path}[]")
@@ -135,6 +137,13 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("bank verify", str(folder / "copy"), "--absent", "tower", "--json", code=FAULTY)
         run("bank delete", str(folder / "copy"), "--where", "tokens > 0", "--json")
         run("bank compact", str(folder / "copy"), "--json")
+        text, asked = folder / "text.txt", folder / "asked.jsonl"
+        text.write_text(" ".join(FACTS) * 4)
+        asked.write_text("".join(json.dumps({"question": QUESTION, "answers": ["in 1889"]}) + "\n" for _ in range(2)))
+        training = ["--data", str(text), "--length", "64", "--batch", "1", "--out", str(folder / "out"), *common]
+        run("train", "warmup", "model", *training, "--steps", "2", "--minutes", "0")
+        run("train", "warmup", "model", *training, "--steps", "2")
+        run("eval qa", "--data", str(asked), "--bank", str(bank), *common)
     with attach(tiny_model("llama"), tiny_tokenizer(), MemorySpec(tokens_per_head=None)) as decoder:
         opened = Bank(dense, decoder, create=True)
         write(decoder, [Reference(fact) for fact in FACTS], opened)
