@@ -325,3 +325,17 @@ def test_without_memories_nothing_is_used(decoder: Decoder, bank: Bank) -> None:
     assert [(c.mass, c.shift, c.references) for c in nothing[0]] == [(0.0, 0.0, 0)] * 2
     with pytest.raises(SourceError, match="found no prompt"):
         use_by_chunk(decoder, [], Recall(bank, retriever="lexical"))
+
+
+def test_a_free_question_that_happens_to_be_answered_with_no_is_a_free_question(decoder: Decoder, tmp_path: Path) -> None:
+    found = [
+        {"question": f"Is it {n}?", "answers": ["No" if n == 2 else f"word{n}"], "passage": f"It is word{n}. No doubt."}
+        for n in range(6)
+    ]
+    source = saved(tmp_path / "mixed.parquet", found)
+    outcomes = measure_arms("qa", decoder, Settings(source, gold=True, untrained=None), lambda done, total: None)
+    assert set(outcomes[0].values) == {"exact match", "f1"}
+    assert len(outcomes[0].values["f1"]) == 6
+    only = saved(tmp_path / "only.parquet", [{**row, "answers": ["no"]} for row in found])
+    outcomes = measure_arms("qa", decoder, Settings(only, gold=True, untrained=None), lambda done, total: None)
+    assert set(outcomes[0].values) == {"accuracy"}

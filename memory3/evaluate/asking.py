@@ -17,6 +17,7 @@ from memory3.spec import SourceError
 HUB = "hub:"
 """What stands before the name of a dataset of the Hugging Face hub: `hub:NAME`, `hub:NAME:SUBSET`, `hub:NAME@SPLIT`."""
 Row = Mapping[str, Any]
+YES_NO = ("yes", "no")
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _of_qa(row: Row, where: str) -> Question:
             f"{where} has no answer among {', '.join(row)}, expected a column answers, possible_answers or answer"
         )
     if {a.lower() for a in answers} <= {"yes", "no", "true", "false"}:
-        return _chosen(text, ["yes", "no"], int(answers[0].lower() in ("no", "false")), common)
+        return _chosen(text, YES_NO, int(answers[0].lower() in ("no", "false")), common)
     return Question(text=text, answers=answers, **common)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memory3.decoder import Decoder
 from memory3.evaluate.arms import CLOSED, SPARSE, Arm, arms, quantising_codecs, side_by_side, untrained_of
-from memory3.evaluate.asking import QUESTION_OF, Question, questions, split_of
+from memory3.evaluate.asking import QUESTION_OF, YES_NO, Question, questions, split_of
 from memory3.evaluate.given import Brought, Tell, gold_among_others, retrieved
 from memory3.evaluate.likelihood import asked_by_chunks, by_chunk, chosen, foretold, passages
 from memory3.evaluate.outcomes import Outcome, table
@@ -98,7 +98,7 @@ def measure_arms(task: str, decoder: Decoder, settings: Settings, tell: Callable
 
 def _questions(task: str, decoder: Decoder, settings: Settings, every: list[Arm], tell: Tell) -> list[Outcome]:
     s = settings
-    asked = questions(s.source, task, split=s.split, datasets=s.datasets, limit=s.limit, seed=s.seed)
+    asked = _of_one_kind(questions(s.source, task, split=s.split, datasets=s.datasets, limit=s.limit, seed=s.seed))
     if s.gold:
         asked, brought = gold_among_others(decoder, asked, count=s.count, max_overlap=s.max_overlap, seed=s.seed, tell=tell)
     else:
@@ -108,6 +108,13 @@ def _questions(task: str, decoder: Decoder, settings: Settings, every: list[Arm]
     if asked[0].choices:
         return side_by_side(every, brought, lambda arm, told: {"accuracy": chosen(arm, asked, brought, told)}, tell)
     return side_by_side(every, brought, lambda arm, told: answered(arm, asked, brought, told), tell)
+
+
+def _of_one_kind(asked: list[Question]) -> list[Question]:
+    """Among questions that are answered freely, those that happen to have "yes" or "no" for an answer are so too."""
+    if all(q.choices for q in asked):
+        return asked
+    return [replace(q, choices=(), right=0, answers=(YES_NO[q.right],)) if q.choices == YES_NO else q for q in asked]
 
 
 def _text(task: str, decoder: Decoder, settings: Settings, every: list[Arm], tell: Tell) -> list[Outcome]:
