@@ -329,7 +329,7 @@ def test_without_memories_nothing_is_used(decoder: Decoder, bank: Bank) -> None:
 
 def test_a_free_question_that_happens_to_be_answered_with_no_is_a_free_question(decoder: Decoder, tmp_path: Path) -> None:
     found = [
-        {"question": f"Is it {n}?", "answers": ["No" if n == 2 else f"word{n}"], "passage": f"It is word{n}. No doubt."}
+        {"question": f"Is it {n}?", "answers": ["No" if n == 2 else f"word{n}"], "passage": f"It is word{n}, no doubt."}
         for n in range(6)
     ]
     source = saved(tmp_path / "mixed.parquet", found)
