@@ -21,9 +21,8 @@ from memory3.generation import Prompt
 from memory3.rotation import checked_limit, position_limit
 from memory3.spec import SpecError
 from memory3.train.grid import Answered, Recalls, layout_of, reading_of, recalled
+from memory3.train.recalled import IGNORED
 
-IGNORED = -100
-"""Label of a token that is no target, as in transformers."""
 _REFUSED = ("position_ids", "inputs_embeds", "past_key_values", "cache_position", "shift_labels", "token_type_ids")
 
 

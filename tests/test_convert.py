@@ -27,18 +27,17 @@ from memory3.train.convert import (
     converted,
     divergence,
     frozen_copy,
-    halvings,
     label_loss,
     memory_logits,
     recipe,
     text_layout,
     text_logits,
-    tokens_per_head,
 )
 from memory3.train.initialise import induction_prior
 from memory3.train.loop import Schedule, Settings, TrainError, run
 from memory3.train.stages import save_model
 from memory3.train.teaching import Batch, Lesson, Lessons, Mixture, asked, lessons, merged, parted
+from memory3.train.thinning import halvings, thinned
 
 CLOSE = 1e-4
 EVERYTHING = MemorySpec(layers=(0, 1, 2, 3), tokens_per_head=None)
@@ -233,11 +232,18 @@ def test_no_reference_is_its_own_distractor_and_held_lessons_are_not_learned() -
 def test_tokens_are_thinned_by_step_and_the_last_row_stays() -> None:
     thinning = halvings(128, 8, 2000)
     assert thinning == ((250, None), (500, 64), (750, 32), (1000, 16), (2000, 8))
-    assert [tokens_per_head(thinning, step) for step in (0, 250, 999, 1000, 5000)] == [None, 64, 16, 8, 8]
     assert halvings(128, None, 100) == ((50, None), (100, None))
+    assert halvings(128, 8, 2) == ((1, None), (2, 8))  # too few steps for all parts
     with tiny() as decoder:
+        assert [thinned(decoder, thinning, step).spec.tokens_per_head for step in (0, 250, 999, 1000, 5000)] == [
+            None,
+            64,
+            16,
+            8,
+            8,
+        ]
         objective = Conversion(decoder, POOL, ((1, None), (9, 2)))
-        assert [objective.view(decoder, step).spec.tokens_per_head for step in (0, 1, None)] == [None, 2, 2]
+        assert [thinned(decoder, objective.thinning, step).spec.tokens_per_head for step in (0, 1, None)] == [None, 2, 2]
 
 
 # ---- adapters and copies ----

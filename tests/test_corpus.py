@@ -201,7 +201,7 @@ def test_sources_that_cannot_be_read_are_refused_in_one_sentence(tmp_path: Path)
         "-": "stdin",
         "hub:": "expected the name of a dataset",
         f"hub:{tmp_path / 'nowhere'}": "cannot be read",
-        f"hub:{tmp_path / 'hub'}": "row 0 has no text in 'text'",
+        f"hub:{tmp_path / 'hub'}": "row 1 has no text in 'text'",
         f"hub:{tmp_path / 'hub'}@test": "cannot be read",
     }.items():
         with pytest.raises(SourceError, match=found):
@@ -215,5 +215,5 @@ def test_a_cache_that_cannot_be_written_is_refused(parquet: Path, tmp_path: Path
 
 
 def test_names_of_hub_datasets() -> None:
-    assert hub_name("hub:a/b") == ("a/b", None, "train")
+    assert hub_name("hub:a/b") == ("a/b", None, None)
     assert hub_name("hub:a/b:c@test[:10%]") == ("a/b", "c", "test[:10%]")

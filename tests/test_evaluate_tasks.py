@@ -18,13 +18,14 @@ from memory3.bank import Bank
 from memory3.decoder import Decoder, attach
 from memory3.evaluate import likelihood
 from memory3.evaluate.arms import CLOSED, SPARSE, TEXT, Arm
-from memory3.evaluate.asking import QUESTION_OF, Question, questions, rows
+from memory3.evaluate.asking import QUESTION_OF, Question, questions
 from memory3.evaluate.given import Brought
 from memory3.evaluate.likelihood import asked_by_chunks, by_chunk, chosen, foretold, log_probabilities, passages
 from memory3.evaluate.qa import Settings, answered, measure_arms, report
 from memory3.evaluate.use import use_by_chunk, use_table
 from memory3.generation import complete
 from memory3.recall import Recall
+from memory3.rows import rows
 from memory3.spec import MemorySpec, Reference, SourceError
 from memory3.writing import write
 
@@ -90,7 +91,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path: Path) -> None:
         "b.parquet": "is no Parquet file",
         "c.jsonl": "no UTF-8 at byte",
         "d.jsonl": "found no row of a split other than 'train'",
-        "e.jsonl": "row 1 has no answer among question",
+        "e.jsonl": "e.jsonl:1 has no answer among question",
     }.items():
         with pytest.raises(SourceError, match=words):
             questions(str(tmp_path / name))

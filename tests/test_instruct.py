@@ -262,7 +262,7 @@ def test_rows_of_another_split_are_left_out_and_long_ones_are_cut_without_a_warn
         ({"messages": [{"role": "user", "content": "A"}, {"role": "tool", "content": "B"}]}, "found the message"),
         ({"messages": [{"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]}, "found roles"),
         ({"messages": [{"role": "user", "content": "A"}] * 2 + [{"role": "assistant", "content": "B"}]}, "found roles"),
-        ([1], "found no object"),
+        ([1], "is a JSON list, expected one object per line"),
     ],
 )
 def test_a_row_of_no_known_form_is_refused_with_its_place(row: Any, what: str, tmp_path: Path) -> None:

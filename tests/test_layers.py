@@ -12,7 +12,19 @@ import memory3
 PACKAGE = Path(memory3.__file__).parent
 ROWS = [
     ["spec", "quiet", "fused"],
-    ["attention", "rotation", "identity", "selection", "codec", "documents", "shards", "embedding", "tables", "context"],
+    [
+        "attention",
+        "rotation",
+        "identity",
+        "selection",
+        "codec",
+        "documents",
+        "shards",
+        "embedding",
+        "tables",
+        "context",
+        "rows",
+    ],
     ["family", "states", "manifest", "splitting"],
     ["catalogue"],
     ["journal", "guard", "reader", "encoding"],
@@ -33,6 +45,7 @@ ROWS = [
         "evaluate.asking",
     ],
     [
+        "train.thinning",
         "train.spikes",
         "train.shapes",
         "train.figures",

@@ -80,7 +80,7 @@ def test_warmup_from_nothing_makes_a_plain_model_that_does_not_claim_to_read_mem
 def test_continual_trains_on_a_banks_references_and_saves_its_spec(
     tmp_path: Path, text: Path, model: Path, bank: Path, recipe: str
 ) -> None:
-    words = ("--data", text, "--model", model, "--bank", bank, "--steps", "8", "--batch", "1", "--length", "64")
+    words = ("--data", text, "--model", model, "--bank", bank, "--steps", "3", "--batch", "1", "--length", "64")
     made = trained(tmp_path / "out", "continual", recipe, *words)
     assert load(made).spec == load(model).spec
     assert changed(model, made)
@@ -88,7 +88,7 @@ def test_continual_trains_on_a_banks_references_and_saves_its_spec(
 
 @pytest.mark.parametrize("recipe", list(RECIPES["convert"]))
 def test_conversion_needs_no_more_than_documents(tmp_path: Path, text: Path, model: Path, recipe: str) -> None:
-    words = ("--data", text, "--model", model, "--steps", "8", "--batch", "2")
+    words = ("--data", text, "--model", model, "--steps", "3", "--batch", "2")
     made = trained(tmp_path / "out", "convert", recipe, *words)
     assert load(made).trained
     assert changed(model, made)

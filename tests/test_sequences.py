@@ -18,9 +18,10 @@ from memory3.decoder import Decoder, attach
 from memory3.spec import MemorySpec, Reference
 from memory3.train.corpus import Corpus
 from memory3.train.loop import Schedule, Settings, TrainError, run
-from memory3.train.recalled import read_texts
+from memory3.train.recalled import read_texts, vocabulary_logits
 from memory3.train.retrieved import Asking, ChunkReferences, chunk_spans
-from memory3.train.sequences import Continual, Warmup, shared, vocabulary_logits
+from memory3.train.sequences import Continual, Warmup, shared
+from memory3.train.thinning import thinned
 from memory3.writing import write
 
 SPEC = MemorySpec(tokens_per_head=4, chunk_length=16)
@@ -268,7 +269,7 @@ def test_gradient_reaches_the_references_of_a_step(decoder: Decoder) -> None:
 
 def test_tokens_are_thinned_by_step_and_the_last_budget_stays(decoder: Decoder) -> None:
     stage = continual(decoder, Given(["a fox met a dog by the river"] * 5), thinning=((2, None), (4, 8), (6, 2)))
-    assert [stage.view(decoder, step).spec.tokens_per_head for step in (0, 1, 2, 3, 4, 5, 6, 99)] == [
+    assert [thinned(decoder, stage.thinning, step).spec.tokens_per_head for step in (0, 1, 2, 3, 4, 5, 6, 99)] == [
         None, None, 8, 8, 2, 2, 2, 2,
     ]  # fmt: skip
     batch = stage.batch(0)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ast
-import csv
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from memory3.rows import Row, rows
 from memory3.spec import SourceError
 
-HUB = "hub:"
-"""What stands before the name of a dataset of the Hugging Face hub: `hub:NAME`, `hub:NAME:SUBSET`, `hub:NAME@SPLIT`."""
-Row = Mapping[str, Any]
 YES_NO = ("yes", "no")
 
 
@@ -47,89 +43,6 @@ class Question:
     whole: str = ""
 
 
-# ---- rows ----
-
-
-def rows(source: str) -> Iterator[Row]:
-    """Rows of a local file (.parquet, .jsonl, .csv), of a folder that `datasets` can load, or of a hub dataset by name.
-
-    Raises:
-        SourceError: the source is missing, of another kind, or damaged; the message says where.
-    """
-    path = Path(source)
-    if source.startswith(HUB) or path.is_dir():
-        yield from _of_datasets(source.removeprefix(HUB))
-        return
-    if path.suffix.lower() not in _KINDS or not path.is_file():
-        kinds = ", ".join(_KINDS)
-        raise SourceError(f"found no file {source!r} of the kinds {kinds}, expected one, a dataset's folder, or hub:NAME")
-    try:
-        yield from _KINDS[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{source} is no UTF-8 at byte {error.start}, expected it: convert the file") from None
-    except OSError as error:
-        raise SourceError(f"{source} cannot be read ({error.strerror}): check its permissions") from None
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise SourceError(f"{path} is no Parquet file ({str(error).splitlines()[0]}): restore or convert it") from None
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise SourceError(f"{path}:{number} is no JSON ({error}), expected one object per line") from None
-            if not isinstance(row, dict):
-                raise SourceError(f"{path}:{number} is a JSON {type(row).__name__}, expected one object per line")
-            yield row
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        table = csv.DictReader(lines, strict=True)
-        try:
-            yield from table
-        except csv.Error as error:
-            raise SourceError(f"{path} is no CSV at line {table.line_num} ({error}): correct or convert it") from None
-
-
-_KINDS: dict[str, Callable[[Path], Iterator[Row]]] = {".parquet": _parquet, ".jsonl": _json_lines, ".csv": _csv}
-
-
-def _of_datasets(address: str) -> Iterator[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise SourceError(f"{address} needs datasets, which is not installed: pip install 'memory3[train]'") from None
-    name, _, split = address.partition("@")
-    name, _, subset = name.partition(":")
-    try:
-        found = datasets.load_dataset(name, subset or None, split=split or None)
-        several = found.values() if isinstance(found, dict) else [found]
-        for part in several:
-            named = {} if split else {"split": str(part.split)}
-            yield from (named | row for row in part)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SourceError(
-            f"{address} cannot be read ({reason}), expected a dataset: hub:NAME, hub:NAME:SUBSET or hub:NAME@SPLIT"
-        ) from None
-
-
 def split_of(source: str, split: str | None = None) -> Iterator[tuple[str, Row]]:
     """Rows with their places: those of one split, by default of all but `train`; a source without splits gives all of them.
 
@@ -137,10 +50,10 @@ def split_of(source: str, split: str | None = None) -> Iterator[tuple[str, Row]]
         SourceError: as of `rows`, or no row is wanted.
     """
     nothing = True
-    for number, row in enumerate(rows(source), 1):
+    for where, row in rows(source):
         if row.get("split") == split if split else row.get("split") != "train":
             nothing = False
-            yield f"{source} row {number}", row
+            yield where, row
     if nothing:
         which = f"split {split!r}" if split else "a split other than 'train'"
         raise SourceError(f"found no row of {which} in {source}, expected some: give another --split, or NAME@SPLIT")

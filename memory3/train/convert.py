@@ -23,17 +23,10 @@ from memory3.decoder import Decoder, Layout
 from memory3.train.loop import Report, Schedule, Settings, TrainError, run
 from memory3.train.recalled import read_texts
 from memory3.train.teaching import Batch, Lesson, Lessons, Mixture, longest_text
+from memory3.train.thinning import Thinning, checked, halvings, thinned
 
 Teacher = Callable[[], AbstractContextManager[Decoder]]
 """Lends the decoder as it was before conversion."""
-
-Thinning = tuple[tuple[int, int | None], ...]
-"""`(until step, tokens per head)`, all of them (`None`) first; the last row stays (design section 4)."""
-
-
-def tokens_per_head(thinning: Thinning, step: int) -> int | None:
-    """What a head keeps of a reference at a step."""
-    return next((kept for until, kept in thinning if step < until), thinning[-1][1])
 
 
 @dataclass(frozen=True)
@@ -67,6 +60,7 @@ class Conversion:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        checked(self.thinning)
         if self.label_loss <= 0 and self.distillation <= 0:
             raise TrainError("found no weight on labels or distillation, expected one above 0: there is nothing to learn")
         needed = longest_text(self.decoder, self.mixture)
@@ -94,18 +88,11 @@ class Conversion:
         """Tokens of a context at most: what the log's count of work goes by."""
         return self.mixture.length
 
-    def view(self, decoder: Decoder, step: int | None = None) -> Decoder:
-        """The decoder with the tokens per head of a step, by default of the end."""
-        if not self.thinning:
-            return decoder
-        kept = self.thinning[-1][1] if step is None else tokens_per_head(self.thinning, step)
-        return decoder.using(replace(decoder.spec, tokens_per_head=kept))
-
     def loss(self, decoder: Decoder, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss `()`; figures are `kl` in nats a token, `label` and `accuracy` of the target tokens, and `agreement`: how
         often teacher and student would say the same next token.
         """
-        student = memory_logits(self.view(decoder, step), batch)
+        student = memory_logits(thinned(decoder, self.thinning, step), batch)
         total = student.new_zeros(())
         figures: dict[str, float] = {}
         if self.label_loss > 0:
@@ -353,7 +340,7 @@ def converted(
         done = run(decoder, objective, settings, report)
         if held:
             report(held_out(decoder, objective, held))
-    return objective.view(decoder), done
+    return thinned(decoder, objective.thinning), done
 
 
 @torch.no_grad()
@@ -364,7 +351,7 @@ def held_out(decoder: Decoder, objective: Conversion, held: Sequence[Lesson], ba
     `wrong_…` are those of the control.
     """
     lessons = Lessons(decoder, held, replace(objective.mixture, wrong=0.0), objective.seed)
-    view = objective.view(decoder)
+    view = thinned(decoder, objective.thinning)
     was_training = decoder.model.training
     decoder.model.eval()
     sums: dict[str, float] = {}
@@ -408,14 +395,3 @@ def recipe(
     )
     schedule = Schedule(2e-4 if lora else 2e-5, steps, warmup=max(1, steps // 20), decay=steps // 5)
     return objective, Lora(seed=seed) if lora else None, Settings(folder, schedule, seed=seed)
-
-
-def halvings(length: int, kept: int | None, steps: int) -> Thinning:
-    """All of `length` tokens first, then half of them, a quarter and so on, in equal parts of the first half of the run; then
-    the `kept` ones.
-    """
-    sizes: list[int | None] = [None]
-    while kept is not None and (length := length // 2) > kept:
-        sizes.append(length)
-    part = max(1, steps // 2 // len(sizes))
-    return (*((part * n, size) for n, size in enumerate(sizes, 1)), (steps, kept))

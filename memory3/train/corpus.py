@@ -22,12 +22,11 @@ import numpy as np
 
 from memory3.documents import KINDS, OnUnreadable, documents
 from memory3.identity import tokenizer_fingerprint
+from memory3.rows import HUB, datasets_for, hub_name, rows
 from memory3.spec import SourceError
 from memory3.train.settings import TrainError
 
 FORMAT_VERSION = 1
-HUB = "hub:"
-"""What stands before the name of a dataset of the Hugging Face hub: `hub:NAME`, `hub:NAME:SUBSET`, `hub:NAME@SPLIT`."""
 IDS, STARTS, HEADER = "ids.npy", "starts.npy", "corpus.json"
 STDIN_SIGN = "-"
 _AT_ONCE = 256
@@ -250,9 +249,9 @@ def _ignore(done: int, total: int | None) -> None:
 def _identity(source: str | os.PathLike[str], text_field: str) -> Any:
     """What tells the content of a source from another, as JSON values."""
     if str(source).startswith(HUB):
-        with _hub_errors(str(source)) as library:
+        with datasets_for(str(source)) as library:
             name, subset, split = hub_name(str(source))
-            return [name, subset, split, library.load_dataset_builder(name, subset).hash]
+            return [name, subset, split or "train", library.load_dataset_builder(name, subset).hash]
     if source == STDIN_SIGN:
         raise SourceError("found - for stdin, expected text that can be read again: put it into a file")
     documents(source, text_field=text_field)  # says so where the path is missing or of an unknown kind
@@ -265,39 +264,15 @@ def _texts(source: str | os.PathLike[str], text_field: str, on_unreadable: OnUnr
     if not str(source).startswith(HUB):
         yield from (d.text for d in documents(source, text_field=text_field, on_unreadable=on_unreadable))
         return
-    name, subset, split = hub_name(str(source))
-    with _hub_errors(str(source)) as library:
-        for number, row in enumerate(library.load_dataset(name, subset, split=split, streaming=True)):
-            text = row.get(text_field)
-            if isinstance(text, str):
-                yield text
-                continue
-            error = SourceError(
-                f"{source} row {number} has no text in {text_field!r}, expected one among its fields {', '.join(row)}: name another field"
-            )
-            if on_unreadable is None:
-                raise error
-            on_unreadable(error)
-
-
-def hub_name(source: str) -> tuple[str, str | None, str]:
-    """Name, subset and split of `hub:NAME[:SUBSET][@SPLIT]`; the split is by default `train`. `SourceError` without a name."""
-    address, _, split = source.removeprefix(HUB).partition("@")
-    name, _, subset = address.partition(":")
-    if not name:
-        raise SourceError(f"found {source!r}, expected the name of a dataset: hub:NAME, hub:NAME:SUBSET or hub:NAME@SPLIT")
-    return name, subset or None, split or "train"
-
-
-@contextmanager
-def _hub_errors(source: str) -> Iterator[Any]:
-    """The library `datasets` inside the block, and its errors as ours. It runs no code of a dataset since version 4."""
-    try:
-        import datasets
-    except ImportError:
-        raise TrainError(f"{source} needs datasets, which is not installed: pip install 'memory3[train]'") from None
-    try:
-        yield datasets
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"{source} cannot be read ({reason}), expected a dataset of the Hugging Face hub by name") from None
+    split = hub_name(str(source))[2]
+    for where, row in rows(str(source) if split else f"{source}@train"):
+        text = row.get(text_field)
+        if isinstance(text, str):
+            yield text
+            continue
+        error = SourceError(
+            f"{where} has no text in {text_field!r}, expected one among its fields {', '.join(row)}: name another field"
+        )
+        if on_unreadable is None:
+            raise error
+        on_unreadable(error)

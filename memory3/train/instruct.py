@@ -6,12 +6,11 @@ recalls for itself; batches are of like length instead.
 
 from __future__ import annotations
 
-import json
+import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from torch.nn import functional
 from memory3.answering import QUESTION, question_prompt
 from memory3.decoder import Decoder
 from memory3.generation import Prompt
+from memory3.quiet import without_warnings
+from memory3.rows import Row, rows
 from memory3.spec import SourceError
 from memory3.train.grid import Answered, Found, Recalls, layout_of, reading_of, recalled
 from memory3.train.settings import Cosine, TrainError
@@ -33,6 +34,7 @@ POOL = 32
 FORMS = "prompt and response, question and answers, or messages"
 
 Tell = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 def schedule_of(peak: float, steps: int) -> Cosine:
@@ -155,7 +157,7 @@ def examples_of(
 
     Args:
         decoder: gives the tokenizer.
-        path: JSON lines or Parquet.
+        path: a table, see `memory3.rows.rows`.
         split: rows that have a `split` of another name are left out.
         longest: most tokens of an example; a longer response is cut, and loses its end token.
         tell: told of the rows done.
@@ -164,66 +166,28 @@ def examples_of(
         SourceError: the file, or a row of it, cannot be read.
         TrainError: no row is left.
     """
-    rows = list(rows_of(path))
-    found = []
-    with without_warnings():
-        for number, (where, row) in enumerate(rows, 1):
-            if row.get("split", split) == split and (example := cut(answered(decoder, row, where), longest)):
-                found.append(example)
-            if tell:
-                tell(number, len(rows))
+
+    def made(where: str, row: Row) -> Answered | None:
+        return cut(answered(decoder, row, where), longest) if row.get("split", split) == split else None
+
+    found, count = gathered(path, made, tell)
     if not found:
-        raise TrainError(f"found no example among {len(rows)} rows of {path}, expected some of split {split!r}: give others")
+        raise TrainError(f"found no example among {count} rows of {path}, expected some of split {split!r}: give others")
     return found
 
 
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Transformers logs no warnings inside the block: it would warn of texts that are cut afterwards."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a JSON lines or Parquet file, each with the place that an error names; `SourceError` where it cannot be read."""
-    if path.suffix.lower() not in (".jsonl", ".parquet"):
-        raise SourceError(f"found {path} to train on, expected a file of rows that ends in .jsonl or .parquet: convert it")
-    yield from _parquet_rows(path) if path.suffix.lower() == ".parquet" else _json_rows(path)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
-    except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{path} cannot be read ({_first_line(error)}), expected a Parquet file: make it anew") from None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line) if line.strip() else {}
-                if not isinstance(row, dict):
-                    raise SourceError(f"found no object at {path}:{number}, expected one with {FORMS}")
-                if row:
-                    yield f"{path}:{number}", row
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path} cannot be read ({_first_line(error)}), expected JSON objects in UTF-8, one a line") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def gathered(source: str | os.PathLike[str], made: Callable[[str, Row], T | None], tell: Tell | None) -> tuple[list[T], int]:
+    """What `made` makes of each row and its place where that is anything, and how many rows there were; quietly, for texts
+    are cut afterwards.
+    """
+    every, found = list(rows(source)), []
+    with without_warnings():
+        for number, (where, row) in enumerate(every, 1):
+            if (one := made(where, row)) is not None:
+                found.append(one)
+            if tell:
+                tell(number, len(every))
+    return found, len(every)
 
 
 def answered(decoder: Decoder, row: dict[str, Any], where: str) -> Answered:

@@ -23,10 +23,11 @@ from memory3.attention import registered_name
 from memory3.decoder import Decoder, attach
 from memory3.forwarding import memory_in_forward
 from memory3.generation import Prompt
-from memory3.quiet import without_bars
+from memory3.quiet import without_bars, without_warnings
+from memory3.rows import Row
 from memory3.spec import SourceError
 from memory3.train.grid import Answered, Recalls
-from memory3.train.instruct import LONGEST, LikeLength, Tell, conversation, cut, plain, rows_of, without_warnings
+from memory3.train.instruct import LONGEST, LikeLength, Tell, conversation, cut, gathered, plain
 from memory3.train.settings import TrainError
 
 PEAK, BETA, EPOCHS = 4e-6, 0.01, 1
@@ -57,7 +58,7 @@ def pairs_of(decoder: Decoder, path: Path, *, longest: int = LONGEST, tell: Tell
 
     Args:
         decoder: gives the tokenizer.
-        path: JSON lines or Parquet.
+        path: a table, see `memory3.rows.rows`.
         longest: most tokens of a prompt with a response; a longer response is cut.
         tell: told of the rows done.
 
@@ -65,17 +66,16 @@ def pairs_of(decoder: Decoder, path: Path, *, longest: int = LONGEST, tell: Tell
         SourceError: the file, or a row of it, cannot be read.
         TrainError: no pair is left.
     """
-    rows = list(rows_of(path))
-    found = []
-    with without_warnings():
-        for number, (where, row) in enumerate(rows, 1):
-            sides = [cut(side, longest) for side in _sides(decoder, row, where)]
-            if sides[0] and sides[1] and sides[0].response != sides[1].response:
-                found.append(Pair(sides[0].prompt, sides[0].response, sides[1].response))
-            if tell:
-                tell(number, len(rows))
+
+    def made(where: str, row: Row) -> Pair | None:
+        chosen, rejected = (cut(side, longest) for side in _sides(decoder, row, where))
+        if not chosen or not rejected or chosen.response == rejected.response:
+            return None
+        return Pair(chosen.prompt, chosen.response, rejected.response)
+
+    found, count = gathered(path, made, tell)
     if not found:
-        raise TrainError(f"found no pair of responses among {len(rows)} rows of {path}, expected some: give other data")
+        raise TrainError(f"found no pair of responses among {count} rows of {path}, expected some: give other data")
     return found
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from memory3.attention import MemoryStack, Reading, Trace
 from memory3.decoder import Decoder
 from memory3.train.passages import Context, ContextMaker, Passage, Window, drawn, window_of
+from memory3.train.recalled import reference_loss
 
 FIRST_WEIGHT = 3.0
 """The first token of a target weighs as much as so many others: it has to be found, the others follow from it."""
@@ -26,6 +27,8 @@ LEAST_MASS = 1e-3
 """A pointer that gets less counts as this much: selection may have dropped its token."""
 
 
+REFERENCE_SHARE = 1 / 3
+"""Of the references' tokens that are asked for."""
 GROUPS = 3
 """The contexts of a batch run in so many passes, by length."""
 
@@ -142,7 +145,7 @@ class ReadingObjective:
         if batch.mode == "memory":
             stack, states = view.stack_with_states(batch.references, through=phase.reference_loss > 0)
             if states is not None:
-                reference = _reference_loss(view, states, batch)
+                reference = reference_loss(view, states, batch.references, REFERENCE_SHARE, batch.seed)
                 total, figures["reference"] = total + phase.reference_loss * reference, float(reference.detach())
         table = table_of(batch)
         for group in by_length(batch.contexts, GROUPS):
@@ -290,19 +293,6 @@ def _stands_at(stack: MemoryStack, rows: slice, reference: Tensor, token: Tensor
     valid = slot[None, :] < stack.counts[reference][:, None]
     at: Tensor = stack.positions[reference][:, rows] == token[:, None, None]
     return at & valid[:, None]
-
-
-def _reference_loss(decoder: Decoder, states: Tensor, batch: Batch) -> Tensor:
-    """Next-token cross-entropy `()` on a third of the references' tokens, drawn from the batch's seed; states `(N, T, d)`.
-
-    A third, because at this size the vocabulary costs as much as half of the layers.
-    """
-    longest = states.shape[1]
-    labels = torch.tensor([[*r, *[-100] * (longest - len(r))] for r in batch.references])[:, 1:]
-    third = torch.rand(labels.shape, generator=torch.Generator().manual_seed(batch.seed)) < 1 / 3
-    chosen, labels = ((labels >= 0) & third).to(states.device), labels.to(states.device)
-    logits = decoder.model.get_output_embeddings()(states[:, :-1][chosen])
-    return functional.cross_entropy(logits.float(), labels[chosen])
 
 
 def _target_loss(

@@ -16,14 +16,16 @@ from memory3.decoder import Decoder, attach
 from memory3.documents import documents
 from memory3.loading import load
 from memory3.remote import open_bank
+from memory3.rows import rows
 from memory3.spec import MemorySpec
-from memory3.train.convert import converted, halvings
+from memory3.train.convert import converted
 from memory3.train.convert import recipe as conversion
 from memory3.train.corpus import Corpus, tokenised
 from memory3.train.grid import RecalledTexts
-from memory3.train.instruct import EPOCHS, Instruct, examples_of, rows_of, schedule_of
 from memory3.train.instruct import PEAK as SFT_PEAK
+from memory3.train.instruct import Instruct, examples_of, schedule_of
 from memory3.train.loop import run
+from memory3.train.preference import EPOCHS as DPO_EPOCHS
 from memory3.train.preference import PEAK as DPO_PEAK
 from memory3.train.preference import pairs_of, preference
 from memory3.train.recipe import Reader
@@ -32,6 +34,7 @@ from memory3.train.sequences import Continual, Warmup
 from memory3.train.settings import Objective, Report, Schedule, Settings, TrainError
 from memory3.train.shapes import paper_0_9b, paper_2_4b, shape
 from memory3.train.teaching import Lesson, asked, lessons, merged, parted
+from memory3.train.thinning import halvings
 from memory3.train.tokenizer import trained_tokenizer
 
 Tell = Callable[[str, int, int | None], None]
@@ -283,8 +286,7 @@ def lessons_of(inputs: Inputs, decoder: Decoder) -> list[Lesson]:
     """Rows of a table with questions as questions about their passages, everything else as documents."""
     tables = [Path(d) for d in inputs.data if _asks(Path(d))]
     rest = [d for d in inputs.data if Path(d) not in tables]
-    rows = (row for table in tables for row in rows_of(table))
-    found = asked(decoder, rows) if tables else []
+    found = asked(decoder, (row for table in tables for row in rows(table)))
     if rest:
         telling = inputs.telling("cutting documents")
         found += lessons(decoder, documents(rest, text_field=inputs.text_field), telling)
@@ -295,7 +297,7 @@ def _asks(table: Path) -> bool:
     """Whether a file is a table whose first row has a question."""
     if table.suffix not in (".jsonl", ".parquet"):
         return False
-    first = next(iter(rows_of(table)), None)
+    first = next(iter(rows(table)), None)
     return first is not None and "question" in first[1]
 
 
@@ -319,13 +321,13 @@ def dpo_paper(inputs: Inputs) -> Run:
     """Preferences by the paper's numbers: DPO at beta 0.01, cosine, at most 4e-6; memory as in generation.
 
     Data: JSONL or Parquet with `prompt`, `chosen` and `rejected` (texts or messages). Hardware: what holds the model five
-    times, for the reference model stays beside it. 3 epochs, which the paper does not say.
+    times, for the reference model stays beside it. One epoch: the paper does not say how many.
     """
     decoder = _loaded(inputs)
     pairs = [p for d in inputs.data for p in pairs_of(decoder, Path(d), tell=inputs.telling("reading pairs"))]
     size = inputs.batch or 4
     made = preference(decoder, pairs, size, inputs.seed, recalled_by(inputs, decoder))
-    steps = inputs.steps or EPOCHS * -(-len(pairs) // min(size, len(pairs)))
+    steps = inputs.steps or DPO_EPOCHS * -(-len(pairs) // min(size, len(pairs)))
     schedule = schedule_of(inputs.rate or DPO_PEAK, steps)
     return plain_run(decoder, made, inputs.settings(schedule), _kept_spec(inputs, decoder))
 

@@ -6,27 +6,25 @@ Source: arXiv 2407.01178, 3.5 and 5; design section 4.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memory3.attention import MemoryStack
+from memory3.attention import Reading
 from memory3.decoder import Decoder
 from memory3.reader import BankReader
 from memory3.train.corpus import Corpus
-from memory3.train.recalled import read_texts
+from memory3.train.recalled import distinct, reference_loss
 from memory3.train.retrieved import ChunkReferences, ChunkTexts
 from memory3.train.settings import TrainError
+from memory3.train.thinning import Thinning, checked, thinned
 
 CHUNKS_BEFORE = 4
 """A chunk reads its own reference and those of so many chunks before it."""
-
-Thinning = tuple[tuple[int, int | None], ...]
-"""Until which step how many tokens per head are kept, `None` for all; the last one stays."""
 
 
 class Sequences:
@@ -123,7 +121,7 @@ class Continual(Sequences):
         self.references: ChunkTexts = (
             ChunkReferences(decoder, self.corpus, references, length) if isinstance(references, BankReader) else references
         )
-        self.thinning, self.reference_loss = _checked(thinning), reference_loss
+        self.thinning, self.reference_loss = checked(thinning), reference_loss
 
     def batch(self, number: int) -> Retrieved:
         """Rows of a micro-batch with the references of their chunks."""
@@ -134,74 +132,24 @@ class Continual(Sequences):
         """Tokens that a micro-batch trains on; references are not counted."""
         return super().tokens(batch.rows)
 
-    def view(self, decoder: Decoder, step: int) -> Decoder:
-        """The decoder with the tokens per head of a step."""
-        if not self.thinning:
-            return decoder
-        kept = next((kept for until, kept in self.thinning if step < until), self.thinning[-1][1])
-        return decoder.using(replace(decoder.spec, tokens_per_head=kept))
-
     def loss(self, decoder: Decoder, batch: Retrieved, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean next-token cross-entropy `()`; for the log how many chunks found a reference, and the references' own loss."""
-        writer = _Through(self.view(decoder, step)) if self.reference_loss else self.view(decoder, step)
-        layout = writer.layout([[*decoder.bos_ids, *row] for row in batch.rows], padding_side="right")
-        reading = read_texts(cast(Decoder, writer), layout, [shared(own) for own in batch.own])
+        view = thinned(decoder, self.thinning, step)
+        layout = view.layout([[*decoder.bos_ids, *row] for row in batch.rows], padding_side="right")
+        references, table = distinct(view, [shared(own) for own in batch.own])
+        reading, states = None, None
+        if references:
+            stack, states = view.stack_with_states(references, through=self.reference_loss > 0)
+            reading = Reading(stack, table, layout.chunks, view.spec)
         logits = decoder.forward(layout, reading).logits
         loss = _next_token_loss(logits, layout.input_ids, len(decoder.prefix_ids) + len(decoder.bos_ids))
         chunks = [text is not None for own in batch.own for text in own]
         figures = {"chunks_with_reference": sum(chunks) / len(chunks)}
-        if isinstance(writer, _Through) and reading is not None:
+        if states is not None:
             figures["text"] = float(loss.detach())
-            reference = writer.language_loss()
-            loss, figures["reference"] = loss + self.reference_loss * reference, float(reference.detach())
+            own_loss = reference_loss(view, states, references)
+            loss, figures["reference"] = loss + self.reference_loss * own_loss, float(own_loss.detach())
         return loss, figures
-
-
-def _checked(thinning: Thinning) -> Thinning:
-    steps = [until for until, _ in thinning]
-    if steps != sorted(set(steps)) or any(kept is not None and kept < 1 for _, kept in thinning):
-        raise TrainError(
-            f"found thinning {thinning}, expected pairs of a step and the tokens per head (at least 1, or all) until then, "
-            "steps ascending: 1000:all,2000:32,3000:8"
-        )
-    return thinning
-
-
-class _Through:
-    """A decoder that runs the references of a batch through all of its layers, and keeps what comes out."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-        self.ids: list[list[int]] = []
-        self.states: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.decoder, name)
-
-    def stack(self, rows: Sequence[Sequence[int]]) -> MemoryStack:
-        """Memories of the references, as `Decoder.stack` makes them."""
-        self.ids = [list(row) for row in rows]
-        stack, self.states = self.decoder.stack_with_states(rows)
-        return stack
-
-    def language_loss(self) -> Tensor:
-        """Next-token cross-entropy `()` of the references that were stacked, their first tokens apart."""
-        assert self.states is not None
-        longest = self.states.shape[1]
-        labels = torch.tensor([[*row, *[-100] * (longest - len(row))] for row in self.ids], device=self.states.device)[:, 1:]
-        asked = labels >= 0
-        logits = vocabulary_logits(self.decoder, self.states[:, :-1][asked])
-        return functional.cross_entropy(logits.float(), labels[asked]) if len(logits) else logits.sum()
-
-
-def vocabulary_logits(decoder: Decoder, states: Tensor) -> Tensor:
-    """Logits `(..., V)` of last hidden states `(..., d)`, scaled and capped as the families' own forward does it."""
-    config = decoder.model.config.get_text_config()
-    logits: Tensor = decoder.model.get_output_embeddings()(states)
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # granite
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # cohere
-    cap = getattr(config, "final_logit_softcapping", None)  # gemma
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def shared(own: Sequence[str | None]) -> list[list[str]]:

@@ -57,7 +57,7 @@ def asked(decoder: Decoder, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> li
 
     Args:
         decoder: gives tokenizer and `reference_length`.
-        rows: each with the place that an error names, as `memory3.train.instruct.rows_of` reads them from JSONL and Parquet.
+        rows: each with the place that an error names, as `memory3.rows.rows` gives them.
 
     Raises:
         SourceError: a row without a question or a passage.
