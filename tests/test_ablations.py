@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from families import tiny_model, tiny_tokenizer
+from toy_world import toy_world
 
 from memory3.answering import question_prompt
 from memory3.bank import Bank
@@ -49,24 +48,7 @@ def decoder() -> Iterator[Decoder]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    rows = [
-        {
-            "dataset": "squad",
-            "split": "train" if n % 4 == 3 else "dev",
-            "question": f"When is {n}?",
-            "answers": [f"in {1900 + n}"],
-            "title": f"P{n}",
-            "passage": f"The thing {n} was made in {1900 + n} by men.",
-        }
-        for n in range(36)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "qa.parquet")
-    places = ("river", "tower", "bridge", "harbour", "castle", "market")
-    texts = [
-        {"title": f"Place {n}", "text": f"The {places[n % 6]} number {n} lies near the {places[n % 5]}. " * 4}
-        for n in range(60)
-    ]
-    pq.write_table(pa.Table.from_pylist(texts), folder / "passages.parquet")
+    toy_world(folder, 36)
     return folder
 
 

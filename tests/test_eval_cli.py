@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from families import tiny_model, tiny_tokenizer
+from toy_world import toy_world
 from typer.testing import CliRunner
 
 from memory3.cli import app
@@ -19,7 +18,6 @@ from memory3.spec import MemorySpec
 from memory3.train.stages import save_model
 
 SPEC = MemorySpec(tokens_per_head=4, reference_length=64, chunk_length=64, references_per_chunk=2)
-PLACES = ("river", "tower", "bridge", "harbour", "castle", "market")
 
 
 def said(*words: str | Path) -> str:
@@ -33,19 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, questions, notes and a bank of them."""
     folder = tmp_path_factory.mktemp("eval")
     save_model(attach(tiny_model("llama"), tiny_tokenizer(), SPEC), folder / "model", SPEC)
-    rows = [
-        {
-            "dataset": "own",
-            "split": "train" if n % 4 == 3 else "dev",
-            "question": f"When was {PLACES[n % 6]} {n} made?",
-            "answers": [f"in {1900 + n}"],
-            "title": f"P{n}",
-            "passage": f"The {PLACES[n % 6]} {n} was made in {1900 + n}.",
-        }
-        for n in range(40)
-    ]
-    (folder / "data").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), folder / "data" / "qa.parquet")
+    rows = toy_world(folder / "data", 40)
     (folder / "notes.txt").write_text("\n\n".join(r["passage"] for r in rows))
     (folder / "asked.jsonl").write_text(
         "".join(json.dumps({k: r[k] for k in ("question", "answers")}) + "\n" for r in rows[:6])
