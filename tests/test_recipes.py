@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from families import tiny_model, tiny_tokenizer
+from golden_losses import check_losses
+from toy_world import toy_world
 from typer.testing import CliRunner
 
 from memory3.cli import app
 from memory3.decoder import attach
 from memory3.loading import load
 from memory3.spec import MemorySpec
+from memory3.train.loop import run
+from memory3.train.recipe import Reader
 from memory3.train.recipes import RECIPES, Inputs, recipe_of
 from memory3.train.settings import TrainError
 from memory3.train.stages import save_model
@@ -159,3 +164,14 @@ def test_what_is_missing_or_unknown_is_one_clear_sentence(tmp_path: Path, text: 
         recipe_of("reader", "small")(Inputs((str(tmp_path),), tmp_path / "out"))
     with pytest.raises(TrainError, match="found nothing for --data"):
         command("train", "warmup", "--out", tmp_path)
+
+
+def test_ten_steps_of_the_reader_lose_what_they_lost_before(tmp_path: Path) -> None:
+    """All phases but the last are gone through in ten steps; the tokenizer is one token per byte, so that none has to be made."""
+    toy_world(tmp_path / "world", 24)
+    tiny_tokenizer().save_pretrained(tmp_path / "run" / "tokenizer")
+    reader = Reader(steps=10, texts_for_meaning=0)
+    decoder, objective, settings, _ = reader.run(tmp_path / "world", tmp_path / "run")
+    losses: list[float] = []
+    run(decoder, objective, replace(settings, log_every=1, precision="no"), lambda line: losses.append(line["loss"]))
+    check_losses("reader", losses)
