@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,28 @@ def rows(source: str | os.PathLike[str]) -> Iterator[Placed]:
         raise SourceError(f"{source} is no UTF-8 at byte {error.start}, expected it: convert the file") from None
     except OSError as error:
         raise SourceError(f"{source} cannot be read ({error.strerror}): check its permissions") from None
+
+
+def of_split(found: Iterable[Placed], split: str = "train") -> Iterator[Placed]:
+    """Rows of one split, and those that name none: nobody learns from what is kept for a measurement."""
+    return ((where, row) for where, row in found if (row.get("split") or split) == split)
+
+
+def answers_of(row: Mapping[str, Any], where: str) -> list[str]:
+    """The accepted answers of a question, stripped, empty ones left out.
+
+    Under `answers`, else `answer`, is a text, a list of texts, or SQuAD's `{"text": [...]}`; without any there are none.
+
+    Raises:
+        SourceError: it is something else; the message names the place.
+    """
+    given = row["answers"] if row.get("answers") is not None else row.get("answer")
+    found = given.get("text") if isinstance(given, Mapping) else [given] if isinstance(given, str) else given
+    if found is None and given is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise SourceError(f"found answers {str(given)[:60]} at {where}, expected a text or a list of texts under 'answers'")
+    return [one.strip() for one in found if one.strip()]
 
 
 def _parquet(path: Path) -> Iterator[Placed]:
@@ -81,6 +103,8 @@ def _csv(path: Path) -> Iterator[Placed]:
 
 
 _KINDS: dict[str, Callable[[Path], Iterator[Placed]]] = {".parquet": _parquet, ".jsonl": _json_lines, ".csv": _csv}
+TABLES = tuple(_KINDS)
+"""Suffixes of the files that hold rows."""
 
 
 # ---- datasets ----

@@ -5,6 +5,7 @@ Tolerance: float32 logits of size about 5, as in tests/test_decoder.py; a diverg
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +230,19 @@ def test_no_reference_is_its_own_distractor_and_held_lessons_are_not_learned() -
     assert len(held) == 1
 
 
+@pytest.mark.parametrize("documents", [1, 40])
+def test_nothing_that_held_lessons_are_measured_on_is_learned_as_a_continuation_or_a_reference(documents: int) -> None:
+    """Of many documents whole ones are held; a single one is cut in two."""
+    with tiny(replace(SPARSE, reference_length=40)) as decoder:
+        texts = [" ".join(f"Line {n} {k} tells of {n * 31 + k}." for k in range(40 // documents + 9)) for n in range(documents)]
+        found = lessons(decoder, [Document(f"d{n}", text) for n, text in enumerate(texts)])
+        learned, held = parted(found, len(found) // 10)
+    assert len(held) == len(found) // 10 and len(learned) + len(held) == len(found)
+    known = [{text for one in side for text in (one.reference, one.after) if text} for side in (learned, held)]
+    assert not known[0] & known[1]
+    assert sum(bool(one.after) for one in held) >= len(held) // 2
+
+
 def test_tokens_are_thinned_by_step_and_the_last_row_stays() -> None:
     thinning = halvings(128, 8, 2000)
     assert thinning == ((250, None), (500, 64), (750, 32), (1000, 16), (2000, 8))
@@ -351,6 +365,8 @@ def test_labels_alone_need_no_teacher_and_gradient_reaches_references(tmp_path: 
     assert "kl" not in lines[1]
     assert lines[-2]["label"] < lines[1]["label"]
     assert lines[-1]["held_accuracy"] > lines[0]["held_accuracy"]
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "held_accuracy" in line] == [0, 6]
 
 
 # ---- errors ----

@@ -19,7 +19,7 @@ from memory3.decoder import Decoder, attach
 from memory3.generation import Prompt
 from memory3.spec import Memory3Error, MemorySpec, Reference, SourceError, SpecError
 from memory3.train.grid import Answered, RecalledTexts
-from memory3.train.instruct import PEAK, Instruct, LikeLength, answered, cut, examples_of, schedule_of
+from memory3.train.instruct import PEAK, Instruct, LikeLength, answered, cut, examples_of, schedule_of, steps_of
 from memory3.train.loop import Settings, run
 from memory3.train.settings import TrainError
 from memory3.writing import write
@@ -196,6 +196,17 @@ def test_rows_of_each_form_become_prompt_and_response() -> None:
         assert chat.prompt.query(decoder, 0, len(chat.prompt.ids)) == "Who?Why?"
 
 
+def test_words_that_somebody_repeats_are_marked_where_the_user_said_them() -> None:
+    turns = [("user", "Arven"), ("assistant", "Is Arven a town?"), ("user", "Yes"), ("assistant", "Good."), ("user", "Yes")]
+    with llama() as decoder:
+        row = {"messages": [{"role": r, "content": c} for r, c in [*turns, ("assistant", "Fine.")]]}
+        prompt = answered(decoder, row, "here").prompt
+        assert prompt.query(decoder, 0, len(prompt.ids)) == "ArvenYesYes"
+        first = next(n for n, mine in enumerate(prompt.content) if mine)
+        before = decoder.tokenizer.decode(prompt.ids[:first], skip_special_tokens=True)
+        assert before.strip() == "Question:"
+
+
 def test_a_chat_template_is_used_where_there_is_one_and_its_own_end_of_turn_is_learned() -> None:
     with llama() as decoder:
         decoder.tokenizer = type(decoder.tokenizer)(tokenizer_object=decoder.tokenizer.backend_tokenizer, bos_token="<s>")
@@ -242,7 +253,7 @@ def test_rows_of_another_split_are_left_out_and_long_ones_are_cut_without_a_warn
         assert len(found[0].ids) == 60
         assert found[0].response[-1] != END
         assert capfd.readouterr() == ("", "")
-        assert told == [(1, 3), (2, 3), (3, 3)]
+        assert told == [(1, 2), (2, 2)]
         assert [len(examples_of(decoder, tmp_path / f"rows{kind}", split=split)) for split in ("dev", "train")] == [1, 2]
         with pytest.raises(TrainError, match="found no example among 3 rows"):
             examples_of(decoder, tmp_path / f"rows{kind}", split="test")
@@ -280,13 +291,18 @@ def test_a_file_that_cannot_be_read_is_one_clear_sentence(name: str, content: by
                 examples_of(decoder, path)
 
 
+def test_an_epoch_is_an_epoch_however_many_batches_a_step_takes() -> None:
+    assert [steps_of(12, 4, 3, per_step) for per_step in (1, 2, 3, 4, 100)] == [9, 5, 3, 3, 1]
+    assert steps_of(2, 8, 1) == 1
+    assert steps_of(9, 8, 1) == len(LikeLength([1] * 9, 8, 0))
+
+
 def test_ten_golden_losses_of_finetuning_with_memory(tmp_path: Path) -> None:
     with llama() as decoder:
         bank = Bank(tmp_path / "bank", decoder, create=True)
         write(decoder, [Reference(f"Number {n} is indeed a number, and so on.") for n in range(8)], bank)
         recall = RecalledTexts(Bank(tmp_path / "bank"), decoder.tokens, decoder.spec.references_per_chunk)
         objective, lines = Instruct(some(decoder, 12), 4, 0, recall), []
-        assert objective.steps() == 9
         settings = Settings(tmp_path / "run", schedule_of(2e-3, 10), log_every=1, save_every=100, precision="no")
         assert run(decoder, objective, settings, lines.append) == 10
     assert all(line["chunks_with_reference"] > 0 for line in lines)

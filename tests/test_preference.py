@@ -182,6 +182,9 @@ def test_pairs_of_plain_text_and_of_messages(kind: str, tmp_path: Path) -> None:
         wanted = [Pair(question_prompt(decoder, "Why?"), answers[0], answers[1])]
         assert pairs_of(decoder, written(tmp_path / f"chat{kind}", chat)) == wanted
         assert pairs_of(decoder, written(tmp_path / f"split{kind}", split)) == wanted
+        parts = [{**plain[0], "split": name, "prompt": name} for name in ("train", "test", "dev")]
+        kept = pairs_of(decoder, written(tmp_path / f"parts{kind}", parts))
+        assert [pair.prompt for pair in kept] == [Prompt.of(decoder, "train")]
         with pytest.raises(TrainError, match="found no pair of responses among 3 rows"):
             pairs_of(decoder, tmp_path / f"plain{kind}", longest=4)
 

@@ -20,19 +20,21 @@ SPEC = MemorySpec(tokens_per_head=4, chunk_length=16)
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 
 
-def trained(folder: Path, stops: tuple[int | None, ...], **overrides: Any) -> dict[str, torch.Tensor]:
+def trained(folder: Path, stops: tuple[int | None, ...], optimizer: str = "adamw", **overrides: Any) -> dict[str, torch.Tensor]:
     """Weights after six steps of plain language modelling, stopped and started as told."""
     for stop in stops:
         with attach(tiny_model("llama", **overrides), tiny_tokenizer(), SPEC) as decoder:
             objective = Warmup(decoder, [TEXT], length=32, batch=2, seed=0)
-            settings = Settings(folder, Schedule(1e-2, 6, warmup=2, decay=2), save_every=100, stop_at=stop, precision="no")
+            schedule = Schedule(1e-2, 6, warmup=2, decay=2)
+            settings = Settings(folder, schedule, save_every=100, stop_at=stop, precision="no", optimizer=optimizer)
             run(decoder, objective, settings)
             weights = {name: p.detach().clone() for name, p in decoder.model.named_parameters()}
     return weights
 
 
-def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
-    whole, broken = trained(tmp_path / "a", (None,)), trained(tmp_path / "b", (3, None))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
+    whole, broken = trained(tmp_path / "a", (None,), optimizer), trained(tmp_path / "b", (3, None), optimizer)
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     start = dict(tiny_model("llama").named_parameters())
     assert any(not torch.equal(whole[name], start[name]) for name in whole)

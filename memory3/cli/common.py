@@ -108,27 +108,18 @@ def progress(what: str) -> Iterator[Any]:
         yield lambda done, total=None: bar.update(task, completed=done, total=total)
 
 
-def spec_of(file: Path | None, tokens_per_head: int | None, model: str | None) -> MemorySpec | None:
-    """The spec that training is told: of a file, or with `tokens_per_head` in place of the model's own; `None` leaves it."""
+def spec_of(file: Path) -> MemorySpec:
+    """The spec in a JSON file."""
     import json
-    from dataclasses import replace
 
     from memory3.spec import MemorySpec, SpecError
 
-    spec = None
-    if file is not None:
-        try:
-            spec = MemorySpec.from_json(json.loads(file.read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            if isinstance(error, SpecError):
-                raise
-            raise SpecError(f"found no spec in {file} ({error}), expected the JSON of a MemorySpec") from None
-    if tokens_per_head is None:
-        return spec
-    if spec is None and model is not None:
-        own = Path(model, "memory_spec.json")
-        spec = spec_of(own, None, None) if own.is_file() else None
-    return replace(spec or MemorySpec(), tokens_per_head=tokens_per_head)
+    try:
+        return MemorySpec.from_json(json.loads(file.read_text("utf-8")))
+    except SpecError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
+        raise SpecError(f"found no spec in {file} ({error}), expected the JSON of a MemorySpec") from None
 
 
 @contextmanager

@@ -26,10 +26,11 @@ def train(
     tokens_per_head: TokensPerHead = None,
     size: Annotated[int, typer.Option(min=1, help="Depth of a fresh model; all its other sizes follow.")] = 6,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Peak learning rate, above 0.")] = None,
     length: Annotated[int | None, typer.Option(min=64, help="warmup, continual: tokens of a sequence.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences or examples of a micro-batch.")] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of a step.")] = 1,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or muon; by default the recipe's own.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop with a checkpoint after so long; run again to go on.")] = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     exclude_own: Annotated[
@@ -43,7 +44,8 @@ def train(
     """Train a model to read memory; resumable."""
     import json
 
-    from memory3.train.recipes import RECIPES, Inputs
+    from memory3.train.inputs import Inputs
+    from memory3.train.recipes import RECIPES
     from memory3.train.settings import TrainError
     from memory3.train.stages import run_stage
 
@@ -64,13 +66,15 @@ def train(
             out,
             model=model,
             bank=bank,
-            spec=spec_of(spec, tokens_per_head, model),
+            spec=None if spec is None else spec_of(spec),
+            tokens_per_head=tokens_per_head,
             size=size,
             steps=steps,
             rate=rate,
             batch=batch,
             length=length,
             accumulate=accumulate,
+            optimizer=optimizer,
             minutes=minutes,
             seed=seed,
             text_field=text_field,
@@ -79,7 +83,8 @@ def train(
             tell=tell,
         )
         done, planned = run_stage(stage, recipe, inputs, report)
-    _left()
+    if not _left():
+        return
     finished = str(out / "model") if done >= planned else None
     if as_json:
         print(json.dumps({"steps": done, "planned": planned, "model": finished}))
@@ -88,9 +93,12 @@ def train(
         print(f"{done} of {planned} steps done{more}")
 
 
-def _left() -> None:
-    """Processes of torchrun part as they should."""
+def _left() -> bool:
+    """Processes of torchrun part as they should; whether this one speaks for all."""
     from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    main = distributed.get_rank() == 0
+    distributed.destroy_process_group()
+    return main

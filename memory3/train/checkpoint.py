@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class Place:
         position: batches drawn; larger than `step` by those that spikes made it skip.
         micro_batches: of a step, over all processes.
         watch: what the guard against spikes has seen.
+        facts: what the run is of, as JSON values (`Settings.facts` and others).
     """
 
     step: int = 0
     position: int = 0
     micro_batches: int = 1
     watch: Watch = field(default_factory=Watch)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def save(model: Any, optimizer: Any, folder: Path, place: Place, main: bool = True) -> None:
@@ -75,11 +77,14 @@ def drop_last(folder: Path) -> None:
         os.replace(folder / BEFORE, folder / LAST)
 
 
-def restore(model: Any, optimizer: Any, folder: Path, micro_batches: int = 1) -> Place | None:
+def restore(
+    model: Any, optimizer: Any, folder: Path, micro_batches: int = 1, facts: dict[str, Any] | None = None
+) -> Place | None:
     """Load the last whole checkpoint into model and optimizer, in every process; `None` where there is none.
 
     Raises:
-        TrainError: it belongs to a model of other shapes, or to steps of another number of micro-batches.
+        TrainError: it belongs to another run (`facts`; a `rate` may be lower than it was), to a model of other shapes, or to
+            steps of another number of micro-batches.
     """
     found = next((folder / name for name in (LAST, BEFORE) if (folder / name / "state.json").exists()), None)
     if found is None:
@@ -87,6 +92,8 @@ def restore(model: Any, optimizer: Any, folder: Path, micro_batches: int = 1) ->
     from safetensors.torch import load_file
 
     place = _place(json.loads((found / "state.json").read_text("utf-8")), micro_batches)
+    facts = place.facts if facts is None else facts
+    _same_run(found, place.facts, json.loads(json.dumps(facts)))
     if place.micro_batches != micro_batches:
         raise TrainError(
             f"found a checkpoint of {place.micro_batches} micro-batches a step in {found}, expected {micro_batches}: "
@@ -102,14 +109,35 @@ def restore(model: Any, optimizer: Any, folder: Path, micro_batches: int = 1) ->
     for key, tensor in load_file(found / "optimizer.safetensors").items():
         kind, _, name = key.partition("|")
         optimizer.state[learned[name]][kind] = tensor if kind == "step" else _like(learned[name], tensor)
-    return place
+    return replace(place, facts=facts)
+
+
+def _same_run(found: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """`TrainError` where a fact of a checkpoint is another now; a lower rate is what the guard against spikes advises."""
+    other = [name for name in before if name in now and before[name] != now[name]]
+    if "rate" in other and now["rate"] < before["rate"]:
+        other.remove("rate")
+    if other:
+        theirs, ours = (" and ".join(f"{name} {_short(facts[name])}" for name in other) for facts in (before, now))
+        raise TrainError(
+            f"found a checkpoint of {theirs} in {found}, expected {ours}: use another --out, or give all as it was given before"
+        )
+
+
+def _short(value: Any) -> str:
+    said = value if isinstance(value, str) else json.dumps(value)
+    return said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]}…"
+
+
+_MOST_SAID = 60
 
 
 def _place(fields: dict[str, Any], micro_batches: int) -> Place:
     """The place that a checkpoint names; one of an earlier version names the step alone."""
     step = int(fields["step"])
     watch = Watch(**fields.get("watch", {}))
-    return Place(step, int(fields.get("position", step)), int(fields.get("micro_batches", micro_batches)), watch)
+    position, several = int(fields.get("position", step)), int(fields.get("micro_batches", micro_batches))
+    return Place(step, position, several, watch, fields.get("facts", {}))
 
 
 def full_weights(model: Any, main: bool = True) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ class Conversion:
         distillation: weight of the teacher.
         teacher: lends it; `converted` puts it in.
         seed: of the batches.
+        held: lessons that are measured, not learned.
 
     Raises:
         TrainError: both weights are 0, or the teacher cannot hold the references' text in its window.
@@ -58,6 +59,7 @@ class Conversion:
     distillation: float = 1.0
     teacher: Teacher | None = None
     seed: int = 0
+    held: Sequence[Lesson] = ()
 
     def __post_init__(self) -> None:
         checked(self.thinning)
@@ -104,6 +106,10 @@ class Conversion:
             total = total + self.distillation * kl
             figures |= {"kl": float(kl.detach()), "agreement": agreement}
         return total, figures
+
+    def measured(self, decoder: Decoder) -> dict[str, float]:
+        """Figures of the held lessons (`held_out`), where there are any."""
+        return held_out(decoder, self, self.held) if self.held else {}
 
     @torch.no_grad()
     def taught(self, batch: Batch) -> Tensor:
@@ -322,7 +328,8 @@ def converted(
         objective: what to learn; its teacher is put in here.
         settings: of the loop.
         lora: adapters learn; by default all weights.
-        held: lessons that a report before and one after are made of (`held_out`), as the last row of `thinning` reads them.
+        held: lessons that a report before the first step and one at the end are made of (`held_out`), as the last row of
+            `thinning` reads them; both stand in the log too.
         report: told of figures.
 
     Returns:
@@ -334,12 +341,7 @@ def converted(
     lent: AbstractContextManager[Teacher | None]
     lent = adapters(decoder, lora) if lora else frozen_copy(decoder) if objective.distillation > 0 else nullcontext()
     with lent as teacher:
-        objective = replace(objective, teacher=teacher)
-        if held:
-            report(held_out(decoder, objective, held))
-        done = run(decoder, objective, settings, report)
-        if held:
-            report(held_out(decoder, objective, held))
+        done = run(decoder, replace(objective, teacher=teacher, held=held), settings, report)
     return thinned(decoder, objective.thinning), done
 
 

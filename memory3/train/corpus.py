@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from memory3.documents import KINDS, OnUnreadable, documents
+from memory3.documents import KINDS, Document, OnUnreadable, documents
 from memory3.identity import tokenizer_fingerprint
 from memory3.rows import HUB, datasets_for, hub_name, rows
 from memory3.spec import SourceError
 from memory3.train.settings import TrainError
+from memory3.train.tokenizer import trained_tokenizer
 
 FORMAT_VERSION = 1
 IDS, STARTS, HEADER = "ids.npy", "starts.npy", "corpus.json"
@@ -138,7 +139,7 @@ def tokenised(
     key = _hash(facts)
     with one_at_a_time(cache):
         if not (cache / key / HEADER).exists():
-            texts = (text for source in several for text in _texts(source, text_field, on_unreadable))
+            texts = (found.text for found in read_documents(several, text_field, on_unreadable))
             _write(cache, key, facts, texts, tokenizer, tell or _ignore)
     return Corpus.load(cache / key)
 
@@ -243,7 +244,75 @@ def _ignore(done: int, total: int | None) -> None:
     pass
 
 
+# ---- a tokenizer of one's own ----
+
+
+def kept_tokenizer(folder: Path, made_of: str, texts: Callable[[], Iterable[str]], vocabulary: int) -> Any:
+    """The tokenizer in a folder, which is made of the texts where none is there: whole or not at all, by one process.
+
+    Args:
+        folder: holds ordinary transformers files; one that was put there by hand is taken as it is.
+        made_of: says what the texts are, and is kept beside it.
+        texts: gives them.
+        vocabulary: most tokens.
+
+    Raises:
+        TrainError: there is one that was made of something else, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    made_of = _hash([made_of, vocabulary])
+    with one_at_a_time(folder.parent):
+        if not (folder / "tokenizer.json").exists():
+            fresh = folder.with_name(f"{folder.name}.new")
+            shutil.rmtree(fresh, ignore_errors=True)
+            trained_tokenizer(texts(), vocabulary).save_pretrained(fresh)
+            (fresh / MADE_OF).write_text(made_of, "ascii")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(fresh, folder)
+    if (folder / MADE_OF).exists() and (folder / MADE_OF).read_text("ascii") != made_of:
+        raise TrainError(f"found a tokenizer made of other data in {folder}, expected one of this data: use another --out")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise TrainError(f"found a damaged tokenizer in {folder} ({error}), expected a whole one: remove the folder") from None
+
+
+MADE_OF = "made_of"
+
+
 # ---- sources ----
+
+
+def data_key(sources: Sources) -> str:
+    """What tells data from other data, wherever it lies: size, beginning and end of each file, and the hub's own hash."""
+    several = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    return _hash([_identity(one, "") if str(one).startswith(HUB) else [*map(_sampled, _local(one))] for one in several])
+
+
+def _local(source: str | os.PathLike[str]) -> list[Path]:
+    if source == STDIN_SIGN:
+        raise SourceError("found - for stdin, expected text that can be read again: put it into a file")
+    if not Path(source).exists():
+        documents(source)  # says so
+    return files_of(Path(source).resolve())
+
+
+def _sampled(file: Path) -> list[Any]:
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        digest = hashlib.blake2b(content.read(_SAMPLE_BYTES), digest_size=16)
+        content.seek(max(0, size - _SAMPLE_BYTES))
+        digest.update(content.read(_SAMPLE_BYTES))
+    return [file.suffix.lower(), size, digest.hexdigest()]
+
+
+_SAMPLE_BYTES = 2**16
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a folder whose kind can be read, in order; a file itself."""
+    return sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file()) if path.is_dir() else [path]
 
 
 def _identity(source: str | os.PathLike[str], text_field: str) -> Any:
@@ -252,23 +321,27 @@ def _identity(source: str | os.PathLike[str], text_field: str) -> Any:
         with datasets_for(str(source)) as library:
             name, subset, split = hub_name(str(source))
             return [name, subset, split or "train", library.load_dataset_builder(name, subset).hash]
-    if source == STDIN_SIGN:
-        raise SourceError("found - for stdin, expected text that can be read again: put it into a file")
-    documents(source, text_field=text_field)  # says so where the path is missing or of an unknown kind
-    path = Path(source).resolve()
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS) if path.is_dir() else [path]
+    files = _local(source)
+    documents(source, text_field=text_field)  # says so where the path is of an unknown kind
     return [[str(file), stat.st_size, stat.st_mtime_ns] for file in files for stat in [file.stat()]]
 
 
-def _texts(source: str | os.PathLike[str], text_field: str, on_unreadable: OnUnreadable | None) -> Iterator[str]:
-    if not str(source).startswith(HUB):
-        yield from (d.text for d in documents(source, text_field=text_field, on_unreadable=on_unreadable))
-        return
-    split = hub_name(str(source))[2]
-    for where, row in rows(str(source) if split else f"{source}@train"):
+def read_documents(
+    sources: Sequence[str | os.PathLike[str]], text_field: str = "text", on_unreadable: OnUnreadable | None = None
+) -> Iterator[Document]:
+    """The documents of files, folders and hub datasets (whose split is `train` where none is named), as a stream."""
+    for source in sources:
+        if str(source).startswith(HUB):
+            yield from _of_hub(str(source), text_field, on_unreadable)
+        else:
+            yield from documents(source, text_field=text_field, on_unreadable=on_unreadable)
+
+
+def _of_hub(source: str, text_field: str, on_unreadable: OnUnreadable | None) -> Iterator[Document]:
+    for where, row in rows(source if hub_name(source)[2] else f"{source}@train"):
         text = row.get(text_field)
         if isinstance(text, str):
-            yield text
+            yield Document(where, text)
             continue
         error = SourceError(
             f"{where} has no text in {text_field!r}, expected one among its fields {', '.join(row)}: name another field"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from memory3.answering import QUESTION, question_prompt
 from memory3.decoder import Decoder
 from memory3.generation import Prompt
 from memory3.quiet import without_warnings
-from memory3.rows import Row, rows
+from memory3.rows import Row, answers_of, of_split, rows
 from memory3.spec import SourceError
 from memory3.train.grid import Answered, Found, Recalls, layout_of, reading_of, recalled
 from memory3.train.settings import Cosine, TrainError
@@ -40,6 +40,12 @@ T = TypeVar("T")
 def schedule_of(peak: float, steps: int) -> Cosine:
     """The paper's: 10 % of the steps up to the peak, then a cosine down to nothing."""
     return Cosine(peak, steps, warmup=max(1, round(WARMUP_SHARE * steps)), floor=0.0)
+
+
+def steps_of(rows: int, size: int, epochs: int, per_step: int = 1) -> int:
+    """Optimizer steps of so many passes over the rows: batches of at most `size` rows, `per_step` of them in each step."""
+    batches = -(-rows // min(size, rows))
+    return -(-epochs * batches // per_step)
 
 
 class LikeLength:
@@ -99,10 +105,6 @@ class Instruct:
         self.batches = LikeLength([len(example.ids) for example in examples], size, seed)
         self._found: dict[int, list[Found]] = {}
 
-    def steps(self, epochs: int = EPOCHS) -> int:
-        """Batches of so many passes over the examples."""
-        return epochs * len(self.batches)
-
     def batch(self, step: int) -> list[int]:
         """Numbers of the examples of a step, the same whenever asked."""
         return self.batches(step)
@@ -152,7 +154,7 @@ def examples_of(
 ) -> list[Answered]:
     """Examples of a file of rows; those whose prompt alone is too long are left out.
 
-    A row has `prompt` and `response` (plain text, as it is), `question` and `answers` (the first is learned), or `messages`
+    A row has `prompt` and `response` (plain text, as it is), `question` and `answers` (or `answer`; the first is learned), or `messages`
     (in the tokenizer's chat template, else as `Question: … Answer: …`; the last message is the response). An empty response is the end token alone.
 
     Args:
@@ -160,7 +162,7 @@ def examples_of(
         path: a table, see `memory3.rows.rows`.
         split: rows that have a `split` of another name are left out.
         longest: most tokens of an example; a longer response is cut, and loses its end token.
-        tell: told of the rows done.
+        tell: told of the rows of the split that are done.
 
     Raises:
         SourceError: the file, or a row of it, cannot be read.
@@ -168,25 +170,28 @@ def examples_of(
     """
 
     def made(where: str, row: Row) -> Answered | None:
-        return cut(answered(decoder, row, where), longest) if row.get("split", split) == split else None
+        return cut(answered(decoder, row, where), longest)
 
-    found, count = gathered(path, made, tell)
+    found, count = gathered(path, made, split, tell)
     if not found:
         raise TrainError(f"found no example among {count} rows of {path}, expected some of split {split!r}: give others")
     return found
 
 
-def gathered(source: str | os.PathLike[str], made: Callable[[str, Row], T | None], tell: Tell | None) -> tuple[list[T], int]:
-    """What `made` makes of each row and its place where that is anything, and how many rows there were; quietly, for texts
-    are cut afterwards.
+def gathered(
+    source: str | os.PathLike[str], made: Callable[[str, Row], T | None], split: str, tell: Tell | None
+) -> tuple[list[T], int]:
+    """What `made` makes of each row of a split and its place where that is anything, and how many rows there were of all
+    splits; quietly, for texts are cut afterwards.
     """
     every, found = list(rows(source)), []
+    kept = list(of_split(every, split))
     with without_warnings():
-        for number, (where, row) in enumerate(every, 1):
+        for number, (where, row) in enumerate(kept, 1):
             if (one := made(where, row)) is not None:
                 found.append(one)
             if tell:
-                tell(number, len(every))
+                tell(number, len(kept))
     return found, len(every)
 
 
@@ -195,7 +200,7 @@ def answered(decoder: Decoder, row: dict[str, Any], where: str) -> Answered:
     if row.get("messages") is not None:
         return conversation(decoder, row["messages"], where)
     if row.get("question") is not None:
-        answers = [a.strip() for a in row.get("answers") or () if isinstance(a, str) and a.strip()]
+        answers = answers_of(row, where)
         if not answers:
             raise SourceError(f"found a question without an answer at {where}, expected a list of texts under 'answers'")
         return conversation(decoder, [_said("user", row["question"]), _said("assistant", answers[0])], where)
@@ -228,7 +233,8 @@ def conversation(decoder: Decoder, messages: Any, where: str) -> Answered:
     asked, answers = [m["content"] for m in turns[::2]], [m["content"] for m in turns[1::2]]
     for question, answer in zip(asked[:-1], answers, strict=False):
         front += f"{QUESTION.format(question=question)} {answer}\n\n"
-    prompt = marked(decoder, front + QUESTION.format(question=asked[-1]), asked, where)
+    systems = [m for m in said if m["role"] == "system"]
+    prompt = marked(decoder, front + QUESTION.format(question=asked[-1]), [*systems, *turns[:-1]], where)
     response = f" {answers[-1]}" if answers[-1] else ""
     return Answered(prompt, (*decoder.tokens(response), *_end(decoder)))
 
@@ -246,15 +252,22 @@ def _templated(decoder: Decoder, said: list[dict[str, str]], where: str) -> Answ
     end = [] if ids and ids[-1] in decoder.tokenizer.all_special_ids else _end(decoder)
     if len(users) == 1 and len(said) == 2:
         return Answered(question_prompt(decoder, users[0]), (*ids, *end))
-    return Answered(marked(decoder, before, users, where), (*ids, *end))
+    return Answered(marked(decoder, before, said[:-1], where), (*ids, *end))
 
 
-def marked(decoder: Decoder, text: str, contents: Sequence[str], where: str) -> Prompt:
-    """A prompt of a text whose content is several parts of it."""
-    if any(content not in text for content in contents):
-        raise SourceError(f"found a chat template that changes what users said at {where}, expected one that keeps it")
-    parts = [Prompt.of(decoder, text, content) for content in contents]
-    return Prompt(parts[0].ids, tuple(map(any, zip(*(part.content for part in parts), strict=True))))
+def marked(decoder: Decoder, text: str, said: Sequence[Mapping[str, str]], where: str) -> Prompt:
+    """A prompt of a text in which messages stand in this order; its content is what users said."""
+    whole, end, words = Prompt.of(decoder, text), len(text), []
+    for message in reversed(said):  # from the end: each before the one behind it, whose words may repeat its own
+        start, mine = text.rfind(message["content"], 0, end), message["role"] == "user"
+        if start < 0 and mine:
+            raise SourceError(f"found a chat template that changes what users said at {where}, expected one that keeps it")
+        if mine:
+            words.append((start, start + len(message["content"])))
+        end = start if start >= 0 else end
+    places = decoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    inside = [any(a < end and b > start for start, end in words) for a, b in places]
+    return Prompt(whole.ids, (*[False] * (len(whole.ids) - len(inside)), *inside))
 
 
 def _checked(messages: Any, where: str) -> list[dict[str, str]]:

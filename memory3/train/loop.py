@@ -10,6 +10,7 @@ import ctypes
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from memory3.decoder import Decoder
 from memory3.train.checkpoint import Place, drop_last, restore, save
 from memory3.train.figures import Log, Means, Meter, flops_per_token
+from memory3.train.optimizers import optimizer_of
 from memory3.train.settings import Cosine, Objective, Report, Schedule, Settings, TrainError
 
 __all__ = ["Cosine", "Objective", "Report", "Schedule", "Settings", "TrainError", "run"]
@@ -33,8 +35,8 @@ def run(decoder: Decoder, objective: Objective, settings: Settings, report: Repo
         The number of steps done; less than planned when the time was up.
 
     Raises:
-        TrainError: the run diverges again and again, the checkpoint does not fit, or accelerate is missing or set up for
-            what this loop does not do.
+        TrainError: the run diverges again and again, the checkpoint is of another run, weights are of a half-precision dtype,
+            or accelerate is missing or set up for what this loop does not do.
     """
     _keep_freed_memory()
     running = _Run(decoder, objective, settings, report)
@@ -70,17 +72,23 @@ class _Run:
 
     def __init__(self, decoder: Decoder, objective: Objective, settings: Settings, report: Report) -> None:
         self.decoder, self.objective, self.settings, self.report = decoder, objective, settings, report
-        self.accelerator = _accelerator()
+        _check_dtypes(decoder.model)
+        self.accelerator = _accelerator(settings.optimizer)
         self.main, self.processes = self.accelerator.is_main_process, self.accelerator.num_processes
         self.means, self.started = Means(), time.monotonic()
         peak = settings.peak_flops and settings.peak_flops * self.processes
         self.meter = Meter(flops_per_token(decoder.model, getattr(objective, "length", 0)), peak)
-        optimizer = torch.optim.AdamW(_groups(decoder.model, settings), lr=settings.schedule.peak, betas=(0.9, 0.95))
-        self.whole, self.optimizer = self.accelerator.prepare(_Whole(decoder, objective, settings.precision), optimizer)
+        whole = _Whole(decoder, objective, settings.precision)
+        self.whole, self.optimizer = self.accelerator.prepare(whole, optimizer_of(decoder.model, settings))
         decoder.model.train()
         micro_batches = settings.accumulate * self.processes
-        found = restore(decoder.model, self.optimizer, settings.folder, micro_batches)
-        self.place = found or Place(micro_batches=micro_batches)
+        found = restore(decoder.model, self.optimizer, settings.folder, micro_batches, _facts(settings))
+        self.place = found or Place(micro_batches=micro_batches, facts=_facts(settings))
+        if self.place.step > settings.schedule.steps:
+            raise TrainError(
+                f"found a checkpoint of {self.place.step} steps in {settings.folder}, expected at most the {settings.schedule.steps} of "
+                "this run: give more --steps, or use another --out"
+            )
         self.log = Log(settings.folder, self.place.step) if self.main else None
         if found is None:
             self._save()  # what a spike before the first regular checkpoint goes back to
@@ -90,6 +98,8 @@ class _Run:
         settings, schedule = self.settings, self.settings.schedule
         last = min(schedule.steps, settings.stop_at or schedule.steps)
         timed_out = False
+        if self.place.step == 0:
+            self._measure()
         while self.place.step < last and not timed_out:
             for group in self.optimizer.param_groups:
                 group["lr"] = schedule.rate(self.place.step) * group["factor"]
@@ -104,6 +114,7 @@ class _Run:
                 self._report_means()
             if ends or timed_out or (self.place.step % settings.save_every == 0 and not self.place.watch.high):
                 self._save()
+        self._measure()
 
     def close(self) -> None:
         self.decoder.model.eval()
@@ -161,6 +172,11 @@ class _Run:
             }
         )
 
+    def _measure(self) -> None:
+        measured = getattr(self.objective, "measured", None)
+        if measured is not None and (figures := measured(self.decoder)):
+            self._write({"step": self.place.step, **figures})
+
     def _write(self, line: dict[str, float]) -> None:
         if self.log is not None:
             self.log.write(line)
@@ -182,45 +198,57 @@ class _Run:
             drop_last(self.settings.folder)
         self.accelerator.wait_for_everyone()
         self.optimizer.zero_grad()
-        earlier = restore(self.decoder.model, self.optimizer, self.settings.folder, spiked.micro_batches)
+        earlier = restore(self.decoder.model, self.optimizer, self.settings.folder, spiked.micro_batches, spiked.facts)
         assert earlier is not None, "a run starts with a checkpoint"
         skipped = spiked.position + 1 - earlier.position
-        self.place = Place(earlier.step, spiked.position + 1, spiked.micro_batches, watch.back_to(earlier.watch))
+        self.place = replace(earlier, position=spiked.position + 1, watch=watch.back_to(earlier.watch))
         self.means, at = Means(), {"step": spiked.step, "back_to_step": earlier.step, "skipped_batches": skipped}
         self._write({**at, "spike_loss": loss, "spike_gradient_norm": norm})
 
 
-def _accelerator() -> Any:
+def _accelerator(optimizer: str) -> Any:
     try:
         from accelerate import Accelerator, DistributedType
+        from accelerate.utils import GradientAccumulationPlugin
     except ImportError:
         raise TrainError("found no accelerate, expected it for training: pip install 'memory3[train]'") from None
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    try:  # what accelerate's file says of these would be done twice: this loop does both itself
+        once = GradientAccumulationPlugin(num_steps=1)
+        cpu = not torch.cuda.is_available()
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_plugin=once)
+    except ValueError as error:
+        raise TrainError(
+            f"found accelerate set up for what this loop does not do ({error}), expected mixed_precision: no in its file"
+        ) from None
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise TrainError("found FSDP version 1, expected 2: set fsdp_version: 2 under fsdp_config in accelerate's file")
+    if kind == DistributedType.FSDP and optimizer == "muon":
+        raise TrainError("found optimizer='muon' with FSDP, expected 'adamw': Muon's step needs a matrix whole")
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         raise TrainError(f"found accelerate set up for {kind.value}, expected one process, DDP or FSDP: change its file")
     return accelerator
 
 
+def _facts(settings: Settings) -> dict[str, Any]:
+    """What a checkpoint has to be of: with any other, the run would not be the one that it goes on from."""
+    own = {name: getattr(settings, name) for name in ("seed", "optimizer", "precision", "weight_decay", "embedding_rate")}
+    return {**settings.facts, **own, "rate": settings.schedule.peak}
+
+
+def _check_dtypes(model: Any) -> None:
+    """In half precision most updates round to nothing: bf16 has 8 bits, and a step moves a weight by less than a 256th."""
+    half = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4}
+    if half:
+        raise TrainError(
+            f"found weights to be learned in {', '.join(sorted(str(d) for d in half))}, expected float32: load the model with "
+            "dtype='float32' (the passes run in bf16 by Settings.precision)"
+        )
+
+
 def _number(norm: Any) -> float:
     """The gradient's norm; FSDP gives it in parts."""
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def _groups(model: Any, settings: Settings) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not; embeddings have a rate of their own."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    if not learned:
-        raise TrainError("found a model whose parameters are all frozen, expected some that require a gradient")
-    words, decay, factor = model.get_input_embeddings().weight, settings.weight_decay, settings.embedding_rate
-    groups = [
-        {"params": [p for p in learned if p.ndim >= 2 and p is not words], "weight_decay": decay, "factor": 1.0},
-        {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0, "factor": 1.0},
-        {"params": [p for p in learned if p is words], "weight_decay": decay * factor, "factor": factor},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _keep_freed_memory() -> None:

@@ -50,7 +50,9 @@ class Pair:
         return len(self.prompt.ids) + max(len(self.chosen), len(self.rejected))
 
 
-def pairs_of(decoder: Decoder, path: Path, *, longest: int = LONGEST, tell: Tell | None = None) -> list[Pair]:
+def pairs_of(
+    decoder: Decoder, path: Path, *, split: str = "train", longest: int = LONGEST, tell: Tell | None = None
+) -> list[Pair]:
     """Pairs of a file of rows; those whose prompt alone is too long, and those of equal responses, are left out.
 
     A row has `prompt`, `chosen` and `rejected` as plain text; or `chosen` and `rejected` as messages, with the prompt before
@@ -59,6 +61,7 @@ def pairs_of(decoder: Decoder, path: Path, *, longest: int = LONGEST, tell: Tell
     Args:
         decoder: gives the tokenizer.
         path: a table, see `memory3.rows.rows`.
+        split: rows that have a `split` of another name are left out.
         longest: most tokens of a prompt with a response; a longer response is cut.
         tell: told of the rows done.
 
@@ -73,9 +76,11 @@ def pairs_of(decoder: Decoder, path: Path, *, longest: int = LONGEST, tell: Tell
             return None
         return Pair(chosen.prompt, chosen.response, rejected.response)
 
-    found, count = gathered(path, made, tell)
+    found, count = gathered(path, made, split, tell)
     if not found:
-        raise TrainError(f"found no pair of responses among {count} rows of {path}, expected some: give other data")
+        raise TrainError(
+            f"found no pair of responses among {count} rows of {path}, expected some of split {split!r}: give other data"
+        )
     return found
 
 
@@ -112,10 +117,6 @@ class Preference:
     ) -> None:
         self.trainer, self.pairs, self.frozen, self.recall = trainer, pairs, frozen, recall
         self.batches = LikeLength([pair.length for pair in pairs], size, seed)
-
-    def steps(self, epochs: int = EPOCHS) -> int:
-        """Batches of so many passes over the pairs."""
-        return epochs * len(self.batches)
 
     def batch(self, step: int) -> list[int]:
         """Numbers of the pairs of a step, the same whenever asked."""

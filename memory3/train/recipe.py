@@ -5,9 +5,11 @@ An earlier state of it made the model that ships (its card says which).
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ import torch
 
 from memory3.decoder import Decoder, attach
 from memory3.embedding import OFFLINE, SentenceEmbedder, offline_available
+from memory3.identity import tokenizer_fingerprint
 from memory3.spec import MemorySpec
+from memory3.train.corpus import kept_tokenizer, one_at_a_time
 from memory3.train.initialise import induction_prior, word_vectors
 from memory3.train.meanings import joined, meanings
 from memory3.train.passages import Passage
 from memory3.train.reading import Phase, ReadingObjective
 from memory3.train.settings import Schedule, Settings, TrainError
-from memory3.train.tokenizer import trained_tokenizer
 
 STEPS = 6000
 PHASES = (
@@ -91,6 +94,7 @@ class Reader:
         texts_for_meaning: texts that the sentence-embedding model reads for the first word vectors; none where it is 0 or
             that model is not installed, and vectors come from counts of neighbours alone.
         rate: peak learning rate.
+        optimizer: `adamw` or `muon`.
     """
 
     steps: int = STEPS
@@ -99,6 +103,7 @@ class Reader:
     vocabulary: int = 16384
     texts_for_meaning: int = 12_000
     rate: float = 1.5e-3
+    optimizer: str = "muon"
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -120,7 +125,15 @@ class Reader:
         """Everything of the run: decoder, objective, settings, and the spec that the finished model is saved with."""
         decoder, objective = self.prepared(data, folder, seed, per_step=accumulate * processes)
         schedule = Schedule(self.rate, self.steps, warmup=min(100, self.steps // 10), decay=self.steps * 3 // 10)
-        settings = Settings(folder, schedule, minutes=minutes, embedding_rate=EMBEDDING_RATE, seed=seed, accumulate=accumulate)
+        settings = Settings(
+            folder,
+            schedule,
+            minutes=minutes,
+            embedding_rate=EMBEDDING_RATE,
+            optimizer=self.optimizer,
+            seed=seed,
+            accumulate=accumulate,
+        )
         return decoder, objective, settings, replace(decoder.spec, tokens_per_head=self.tokens_per_head)
 
     def prepared(
@@ -128,32 +141,40 @@ class Reader:
     ) -> tuple[Decoder, ReadingObjective]:
         """The untrained decoder and its objective; tokenizer and word vectors are made once and kept in `folder`."""
         asked, rest = passages(data, plain)
-        place = folder / "tokenizer"
-        if not (place / "tokenizer.json").exists():
-            trained_tokenizer(_texts(asked, rest[::3]), self.vocabulary).save_pretrained(place)
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        made_of = _digest(_texts(asked, rest))
+        tokenizer = kept_tokenizer(folder / "tokenizer", made_of, lambda: _texts(asked, rest[::3]), self.vocabulary)
+        vectors = self._vectors(folder, tokenizer, _texts(asked, rest), made_of)
         torch.manual_seed(seed)
-        model = fresh_model(tokenizer, self.layers[-1], self._vectors(folder, tokenizer, _texts(asked, rest)))
+        model = fresh_model(tokenizer, self.layers[-1], vectors)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it is about to be trained for memory
             decoder = attach(model, tokenizer, MemorySpec(layers=self.layers, tokens_per_head=None))
         return decoder, ReadingObjective(decoder, asked, rest, self.phases, seed, per_step)
 
-    def _vectors(self, folder: Path, tokenizer: Any, texts: Iterator[str]) -> torch.Tensor:
-        from safetensors.torch import load_file, save_file
+    def _vectors(self, folder: Path, tokenizer: Any, texts: Iterable[str], made_of: str) -> torch.Tensor:
+        """The first word vectors, made once by one process, of this data and with these settings."""
+        from safetensors import safe_open
+        from safetensors.torch import save_file
 
         file = folder / "vectors.safetensors"
-        if not file.exists():
-            every = list(texts)
-            rows = (np.array(e.ids) for e in tokenizer.backend_tokenizer.encode_batch(every, add_special_tokens=False))
-            vectors = word_vectors(rows, len(tokenizer), WIDTH)
-            if self.texts_for_meaning and offline_available():
-                some = random.Random(0).sample(every, min(len(every), self.texts_for_meaning))
-                vectors = joined(vectors, *meanings([text[:520] for text in some], tokenizer, SentenceEmbedder(OFFLINE)))
-            save_file({"vectors": vectors.contiguous()}, file)
-        return load_file(file)["vectors"]
+        facts = {"made_of": f"{made_of} {tokenizer_fingerprint(tokenizer)} {self.texts_for_meaning}"}
+        with one_at_a_time(folder):
+            if not file.exists():
+                save_file({"vectors": self._made_vectors(tokenizer, list(texts))}, file.with_suffix(".new"), metadata=facts)
+                os.replace(file.with_suffix(".new"), file)
+        with safe_open(file, "pt") as opened:
+            if (opened.metadata() or facts) != facts:
+                raise TrainError(f"found word vectors made of other data in {file}, expected those of this: use another --out")
+            vectors: torch.Tensor = opened.get_tensor("vectors")
+            return vectors
+
+    def _made_vectors(self, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+        rows = (np.array(e.ids) for e in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
+        vectors = word_vectors(rows, len(tokenizer), WIDTH)
+        if self.texts_for_meaning and offline_available():
+            some = random.Random(0).sample(texts, min(len(texts), self.texts_for_meaning))
+            vectors = joined(vectors, *meanings([text[:520] for text in some], tokenizer, SentenceEmbedder(OFFLINE)))
+        return vectors.contiguous()
 
 
 def passages(data: Path, plain: int | None = None) -> tuple[list[Passage], list[Passage]]:
@@ -204,6 +225,13 @@ def fresh_model(tokenizer: Any, pointing_layer: int, vectors: torch.Tensor | Non
     model = LlamaForCausalLM(config)
     induction_prior(model, pointing_layer, vectors)
     return model
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode())
+    return digest.hexdigest()
 
 
 def _texts(*groups: list[Passage]) -> Iterator[str]:

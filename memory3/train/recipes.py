@@ -6,126 +6,36 @@ A recipe's docstring is its promise: data, hardware, time, and the number to exp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from memory3.decoder import Decoder, attach
-from memory3.documents import documents
 from memory3.loading import load
 from memory3.remote import open_bank
-from memory3.rows import rows
+from memory3.rows import HUB, TABLES, of_split, rows
 from memory3.spec import MemorySpec
 from memory3.train.convert import converted
 from memory3.train.convert import recipe as conversion
-from memory3.train.corpus import Corpus, tokenised
+from memory3.train.corpus import Corpus, data_key, files_of, kept_tokenizer, read_documents, tokenised
 from memory3.train.grid import RecalledTexts
+from memory3.train.inputs import Inputs, Recipe, Run, plain_run
+from memory3.train.instruct import EPOCHS as SFT_EPOCHS
 from memory3.train.instruct import PEAK as SFT_PEAK
-from memory3.train.instruct import Instruct, examples_of, schedule_of
-from memory3.train.loop import run
+from memory3.train.instruct import Instruct, examples_of, schedule_of, steps_of
 from memory3.train.preference import EPOCHS as DPO_EPOCHS
 from memory3.train.preference import PEAK as DPO_PEAK
 from memory3.train.preference import pairs_of, preference
-from memory3.train.recipe import Reader
+from memory3.train.reading import ReadingObjective
+from memory3.train.recipe import EMBEDDING_RATE, Reader, passages
 from memory3.train.retrieved import Asking, ChunkReferences
 from memory3.train.sequences import Continual, Warmup
-from memory3.train.settings import Objective, Report, Schedule, Settings, TrainError
+from memory3.train.settings import Report, Schedule, Settings, TrainError
 from memory3.train.shapes import paper_0_9b, paper_2_4b, shape
 from memory3.train.teaching import Lesson, asked, lessons, merged, parted
 from memory3.train.thinning import halvings
-from memory3.train.tokenizer import trained_tokenizer
-
-Tell = Callable[[str, int, int | None], None]
-"""Told what is being prepared, how much of it is done, and of how much."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a user gives to a recipe. `None` leaves the choice to it.
-
-    Args:
-        data: files, folders or hub datasets (`hub:NAME`); for `reader` one folder.
-        out: folder of caches, checkpoints and the finished model.
-        model: where to start from; by default the model that ships, or fresh weights for `warmup`.
-        bank: whose references are recalled.
-        spec: overrules the model's own memory spec.
-        size: the dial of fresh models: their depth (`memory3.train.shapes.shape`).
-        steps: optimizer steps; rate: peak learning rate; batch: sequences or examples of a micro-batch; length: tokens of a
-            sequence; accumulate: micro-batches of a step.
-        minutes: most wall time of this call.
-        seed: of weights, order and batches.
-        text_field: column of the text.
-        exclude_own: `continual`: a chunk never reads references of its own document.
-        peak_flops: of one process's device, for the share that is used.
-        tell: told of the preparation.
-    """
-
-    data: tuple[str, ...]
-    out: Path
-    model: str | None = None
-    bank: str | None = None
-    spec: MemorySpec | None = None
-    size: int = 6
-    steps: int | None = None
-    rate: float | None = None
-    batch: int | None = None
-    length: int | None = None
-    accumulate: int = 1
-    minutes: float | None = None
-    seed: int = 0
-    text_field: str = "text"
-    exclude_own: bool = False
-    peak_flops: float | None = None
-    tell: Tell = field(default=lambda what, done, total: None)
-
-    def settings(self, schedule: Any, **options: Any) -> Settings:
-        """Of the loop, in the folder of this run."""
-        known = {"minutes": self.minutes, "accumulate": self.accumulate, "seed": self.seed, "peak_flops": self.peak_flops}
-        return Settings(self.out, schedule, **(known | options))
-
-    def wsd(self, steps: int, rate: float) -> Schedule:
-        """Warmup-stable-decay: a twentieth up, the last fifth down."""
-        steps, rate = self.steps or steps, self.rate or rate
-        return Schedule(rate, steps, warmup=max(1, steps // 20), decay=steps // 5)
-
-    def telling(self, what: str) -> Callable[[int, int | None], None]:
-        """Progress of one part of the preparation."""
-        return lambda done, total: self.tell(what, done, total)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A complete run.
-
-    Args:
-        decoder: whose model learns.
-        settings: of the loop.
-        spec: goes beside the finished weights; `None` where the model has not learned to read memory yet.
-        train: runs or resumes it, and returns the steps done.
-    """
-
-    decoder: Decoder
-    settings: Settings
-    spec: MemorySpec | None
-    train: Callable[[Report], int]
-
-
-def plain_run(
-    decoder: Decoder, objective: AbstractContextManager[Objective], settings: Settings, spec: MemorySpec | None
-) -> Run:
-    """A run of the loop on an objective, which is made when it begins and left when it ends (it may keep a reference model)."""
-
-    def train(report: Report) -> int:
-        with objective as made:
-            return run(decoder, made, settings, report)
-
-    return Run(decoder, settings, spec, train)
-
-
-Recipe = Callable[[Inputs], Run]
-
 
 # ---- warmup ----
 
@@ -170,19 +80,19 @@ def _warmup(inputs: Inputs, config: Callable[[int], Any], vocabulary: int, defau
     if inputs.model is not None:
         raise TrainError("found --model with a recipe that starts from fresh weights, expected none: use the recipe `model`")
     import torch
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    place = inputs.out / "tokenizer"
-    if not (place / "tokenizer.json").exists():
-        made = trained_tokenizer((d.text for d in documents(list(inputs.data), text_field=inputs.text_field)), vocabulary)
-        made.save_pretrained(place)
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    def texts() -> Iterator[str]:
+        return (d.text for d in read_documents(inputs.data, inputs.text_field))
+
+    made_of = f"{data_key(inputs.data)} {inputs.text_field}"
+    tokenizer = kept_tokenizer(inputs.out / "tokenizer", made_of, texts, vocabulary)
     shaped = config(len(tokenizer))
     shaped.vocab_size = max(shaped.vocab_size, len(tokenizer))
     torch.manual_seed(inputs.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it is about to be trained for memory
-        decoder = attach(LlamaForCausalLM(shaped), tokenizer, inputs.spec or MemorySpec())
+        decoder = attach(LlamaForCausalLM(shaped), tokenizer, MemorySpec())
     return _language_modelling(inputs, decoder, tokenised_of(inputs, decoder), defaults)
 
 
@@ -236,7 +146,7 @@ def _continual(inputs: Inputs, thinned: bool) -> Run:
         thinning=thinning,
         reference_loss=0.3 if thinned else 0.0,
     )
-    return plain_run(decoder, nullcontext(objective), inputs.settings(schedule), spec)
+    return plain_run(decoder, nullcontext(objective), inputs.settings(schedule), spec, stretched=thinned)
 
 
 # ---- convert ----
@@ -262,7 +172,7 @@ def convert_labels(inputs: Inputs) -> Run:
 
 
 def _convert(inputs: Inputs, lora: bool, labels: bool = False) -> Run:
-    decoder = _loaded(inputs)
+    decoder = _loaded(inputs, learned=not lora)  # adapters learn in float32 by themselves
     found = lessons_of(inputs, decoder)
     pool, held = parted(found, min(500, len(found) // 10), inputs.seed)
     objective, adapters, settings = conversion(
@@ -274,30 +184,28 @@ def _convert(inputs: Inputs, lora: bool, labels: bool = False) -> Run:
     if inputs.batch:
         objective = replace(objective, mixture=replace(objective.mixture, batch=inputs.batch))
     schedule = replace(settings.schedule, peak=inputs.rate or settings.schedule.peak)
-    settings = inputs.settings(schedule)
 
-    def train(report: Report) -> int:
+    def train(settings: Settings, report: Report) -> int:
         return converted(decoder, objective, settings, lora=adapters, held=held, report=report)[1]
 
-    return Run(decoder, settings, decoder.spec, train)
+    return Run(decoder, inputs.settings(schedule), decoder.spec, train, stretched=True)
 
 
 def lessons_of(inputs: Inputs, decoder: Decoder) -> list[Lesson]:
     """Rows of a table with questions as questions about their passages, everything else as documents."""
-    tables = [Path(d) for d in inputs.data if _asks(Path(d))]
-    rest = [d for d in inputs.data if Path(d) not in tables]
-    found = asked(decoder, (row for table in tables for row in rows(table)))
-    if rest:
-        telling = inputs.telling("cutting documents")
-        found += lessons(decoder, documents(rest, text_field=inputs.text_field), telling)
-    return merged(found)
+    tables = [d for d in inputs.data if _asks(d)]
+    rest = [d for d in inputs.data if d not in tables]
+    found = asked(decoder, of_split(row for table in tables for row in rows(table)))
+    telling = inputs.telling("cutting documents")
+    return merged([*found, *lessons(decoder, read_documents(rest, inputs.text_field), telling)])
 
 
-def _asks(table: Path) -> bool:
-    """Whether a file is a table whose first row has a question."""
-    if table.suffix not in (".jsonl", ".parquet"):
+def _asks(source: str) -> bool:
+    """Whether a table, a folder of tables alone or a hub dataset has a question in its first row."""
+    files = [source] if source.startswith(HUB) else [str(file) for file in files_of(Path(source))]
+    if not files or not all(file.startswith(HUB) or Path(file).suffix.lower() in TABLES for file in files):
         return False
-    first = next(iter(rows(table)), None)
+    first = next(iter(rows(files[0])), None)
     return first is not None and "question" in first[1]
 
 
@@ -313,7 +221,8 @@ def sft_paper(inputs: Inputs) -> Run:
     decoder = _loaded(inputs)
     found = [e for d in inputs.data for e in examples_of(decoder, Path(d), tell=inputs.telling("reading examples"))]
     objective = Instruct(found, inputs.batch or 8, inputs.seed, recalled_by(inputs, decoder))
-    schedule = schedule_of(inputs.rate or SFT_PEAK, inputs.steps or objective.steps())
+    steps = inputs.steps or steps_of(len(found), inputs.batch or 8, SFT_EPOCHS, inputs.accumulate * _processes())
+    schedule = schedule_of(inputs.rate or SFT_PEAK, steps)
     return plain_run(decoder, nullcontext(objective), inputs.settings(schedule), _kept_spec(inputs, decoder))
 
 
@@ -327,7 +236,7 @@ def dpo_paper(inputs: Inputs) -> Run:
     pairs = [p for d in inputs.data for p in pairs_of(decoder, Path(d), tell=inputs.telling("reading pairs"))]
     size = inputs.batch or 4
     made = preference(decoder, pairs, size, inputs.seed, recalled_by(inputs, decoder))
-    steps = inputs.steps or DPO_EPOCHS * -(-len(pairs) // min(size, len(pairs)))
+    steps = inputs.steps or steps_of(len(pairs), size, DPO_EPOCHS, inputs.accumulate * _processes())
     schedule = schedule_of(inputs.rate or DPO_PEAK, steps)
     return plain_run(decoder, made, inputs.settings(schedule), _kept_spec(inputs, decoder))
 
@@ -358,36 +267,72 @@ def reader_full(inputs: Inputs) -> Run:
 
 
 def reader_small(inputs: Inputs) -> Run:
-    """The same in small, for data of one's own: 600 steps, 2,048 tokens, word vectors from the data alone.
+    """The same in small, for data of one's own: 500 steps, 2,048 tokens, word vectors from the data alone.
 
-    Data: as for `shipped`. Hardware: two cores. docs/tutorial.md has what it reaches, and in which time.
+    Data: as for `full`. Hardware: two cores. docs/tutorial.md has what it reaches, and in which time.
     """
-    small = Reader(steps=inputs.steps or 600, vocabulary=2048, texts_for_meaning=0, rate=inputs.rate or Reader.rate)
+    small = Reader(steps=inputs.steps or 500, vocabulary=2048, texts_for_meaning=0, rate=inputs.rate or Reader.rate)
     return _reader(inputs, small)
 
 
-def _reader(inputs: Inputs, reader: Reader) -> Run:
-    if len(inputs.data) != 1:
-        raise TrainError(f"found {len(inputs.data)} sources, expected one folder with qa.parquet and passages.parquet")
-    from accelerate import PartialState
+def reader_more(inputs: Inputs) -> Run:
+    """Goes on from a reader (`--model`) with the mixture of the last phase, by Muon at a third of the rate: 1,600 steps.
 
+    Data: as for `full`; give another `--seed` than the first run had. Hardware: two cores, forty minutes. docs/results.md has
+    what it reached.
+    """
+    if inputs.bank is not None:
+        raise TrainError("found --bank for a reader, expected none: it makes its own questions from its data")
+    data, decoder = _folder(inputs), _loaded(inputs)
+    steps = inputs.steps or 1600
+    schedule = Schedule(inputs.rate or 5e-4, steps, warmup=min(20, steps), decay=steps // 2)
+    settings = inputs.settings(schedule, embedding_rate=EMBEDDING_RATE, optimizer=inputs.optimizer or "muon")
+    per_step = inputs.accumulate * _processes()
+    phase = replace(Reader(tokens_per_head=decoder.spec.tokens_per_head).phases[-1], until=steps, pointer_loss=1.0)
+    objective = ReadingObjective(decoder, *passages(data), (phase,), inputs.seed, per_step)
+    return plain_run(decoder, nullcontext(objective), settings, decoder.spec, stretched=True)
+
+
+def _reader(inputs: Inputs, reader: Reader) -> Run:
     if inputs.model is not None or inputs.bank is not None:
         raise TrainError(
             "found --model or --bank for a reader, expected neither: it starts from fresh weights and its own data"
         )
-    if inputs.spec is not None:
-        reader = replace(reader, tokens_per_head=inputs.spec.tokens_per_head)
-    processes = PartialState().num_processes
+    if inputs.tokens_per_head is not None:
+        reader = replace(reader, tokens_per_head=inputs.tokens_per_head)
+    if inputs.optimizer:
+        reader = replace(reader, optimizer=inputs.optimizer)
     decoder, objective, settings, spec = reader.run(
-        Path(inputs.data[0]), inputs.out, inputs.minutes, inputs.seed, inputs.accumulate, processes
+        _folder(inputs), inputs.out, inputs.minutes, inputs.seed, inputs.accumulate, _processes()
     )
-    return plain_run(decoder, nullcontext(objective), settings, spec)
+    settings = replace(settings, peak_flops=inputs.peak_flops)
+    return plain_run(decoder, nullcontext(objective), settings, spec, stretched=True)
 
 
-def _loaded(inputs: Inputs) -> Decoder:
+def _folder(inputs: Inputs) -> Path:
+    if len(inputs.data) != 1:
+        raise TrainError(f"found {len(inputs.data)} sources, expected one folder with qa.parquet and passages.parquet")
+    return Path(inputs.data[0])
+
+
+def _processes() -> int:
+    from accelerate import PartialState
+
+    return int(PartialState().num_processes)
+
+
+def _loaded(inputs: Inputs, learned: bool = True) -> Decoder:
+    """The model to start from; weights that are learned in float32 whatever their files hold, for half precision would round
+    most updates away. `run_stage` saves them in the files' dtype again.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it is about to be trained for memory
-        return load(inputs.model, inputs.spec)
+        decoder = load(inputs.model, inputs.spec)
+    if learned and getattr(decoder.model, "is_quantized", False):
+        raise TrainError("found a quantised model, expected one whose weights can learn: use the recipe convert lora")
+    if learned:
+        decoder.model.float()
+    return decoder.using(inputs.wanted(decoder.spec))
 
 
 def tokenised_of(inputs: Inputs, decoder: Decoder) -> Corpus:
@@ -407,9 +352,34 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "convert": {"lora": convert_lora, "full": convert_full, "labels": convert_labels},
     "sft": {"paper": sft_paper},
     "dpo": {"paper": dpo_paper},
-    "reader": {"full": reader_full, "small": reader_small},
+    "reader": {"full": reader_full, "small": reader_small, "more": reader_more},
 }
 """Recipes of each stage; the first is the default."""
+
+
+OPTIONS = {
+    "warmup": "size length batch text_field",
+    "warmup model": "model length batch text_field",
+    "continual": "model bank spec tokens_per_head length batch text_field exclude_own",
+    "convert": "model spec tokens_per_head batch text_field",
+    "sft": "model bank spec tokens_per_head batch",
+    "dpo": "model bank spec tokens_per_head batch",
+    "reader": "tokens_per_head",
+    "reader more": "model",
+}
+"""Fields of `Inputs` that a stage, or one recipe of it, uses beside those that every run does."""
+
+
+def check_options(stage: str, name: str, inputs: Inputs) -> None:
+    """`TrainError` where something was given that the recipe would pass over in silence."""
+    used = OPTIONS.get(f"{stage} {name}", OPTIONS[stage]).split()
+    for field in fields(Inputs):
+        some = any(field.name in names.split() for names in OPTIONS.values())
+        if some and field.name not in used and getattr(inputs, field.name) != field.default:
+            raise TrainError(
+                f"found --{field.name.replace('_', '-')} with {stage} {name}, expected none: it has no use for it, only for "
+                f"{', '.join('--' + one.replace('_', '-') for one in used)}"
+            )
 
 
 def recipe_of(stage: str, name: str | None) -> Recipe:

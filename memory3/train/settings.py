@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import cos, inf, pi, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +23,8 @@ class TrainError(Memory3Error):
 class Objective(Protocol):
     """What a stage teaches.
 
-    Optional, for the log: `tokens(batch) -> int`, the tokens trained on, and `length: int`, the tokens of a sequence.
+    Optional, for the log: `tokens(batch) -> int`, the tokens trained on; `length: int`, the tokens of a sequence; and
+    `measured(decoder) -> dict[str, float]`, figures of what is kept apart, taken before the first step and at the end.
     """
 
     def batch(self, step: int) -> Any:
@@ -100,6 +101,9 @@ class Settings:
         spike_tries: spikes in a row that end the run with a `TrainError`. `inf` for `spike_loss` and `spike_norm` leaves
             only the check for finite numbers.
         peak_flops: of one process's device, per second, for the share that is used.
+        optimizer: `adamw`, or `muon` for the matrices between embeddings and output and AdamW for the rest.
+        facts: what else the run is of (its stage, data, …), as JSON values by names that a user knows: a checkpoint of other
+            facts is refused.
     """
 
     folder: Path
@@ -120,6 +124,8 @@ class Settings:
     spike_window: int = 64
     spike_tries: int = 3
     peak_flops: float | None = None
+    optimizer: str = "adamw"
+    facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "log_every", "save_every", "spike_steps", "spike_window", "spike_tries"):
@@ -129,6 +135,10 @@ class Settings:
         for name in ("clip", "spike_loss", "spike_norm"):
             if not 0 < getattr(self, name) <= inf:
                 raise TrainError(f"found {name}={getattr(self, name)!r}, expected a number above 0 (inf: no limit)")
+        if not 0 < self.schedule.peak < inf:
+            raise TrainError(f"found a learning rate of {self.schedule.peak!r}, expected a number above 0")
+        if self.optimizer not in ("adamw", "muon"):
+            raise TrainError(f"found optimizer={self.optimizer!r}, expected 'adamw' or 'muon'")
         if self.precision not in ("bf16", "no"):
             raise TrainError(f"found precision={self.precision!r}, expected 'bf16' or 'no' (fp16 would need a loss scale)")
 

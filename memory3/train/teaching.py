@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from memory3.answering import question_prompt
 from memory3.context import GAP
 from memory3.decoder import Decoder
 from memory3.documents import Document
+from memory3.rows import answers_of
 from memory3.spec import SourceError
 from memory3.splitting import split
 from memory3.train.loop import TrainError
@@ -60,7 +61,7 @@ def asked(decoder: Decoder, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> li
         rows: each with the place that an error names, as `memory3.rows.rows` gives them.
 
     Raises:
-        SourceError: a row without a question or a passage.
+        SourceError: a row without a question or a passage, or with answers that are no texts.
     """
     return merged(lesson for where, row in rows for lesson in _asked(decoder, row, where))
 
@@ -72,8 +73,7 @@ def _asked(decoder: Decoder, row: Mapping[str, Any], where: str) -> list[Lesson]
             f"found the fields {', '.join(map(repr, row)) or 'none'} at {where}, expected texts under 'question' and 'passage' or "
             "'text': name the columns so"
         )
-    given = row.get("answers", row.get("answer")) or []
-    answers = [a.strip() for a in ([given] if isinstance(given, str) else given) if a.strip()]
+    answers = answers_of(row, where)
     pieces = [p.text for p in split(passage, decoder.tokenizer, length=decoder.spec.reference_length)]
     held = next(((p, a) for p in pieces for a in answers if a in p), None)
     if held is not None:
@@ -96,9 +96,42 @@ def _joined(first: Lesson, second: Lesson) -> Lesson:
 
 
 def parted(found: Sequence[Lesson], held: int, seed: int = 0) -> tuple[list[Lesson], list[Lesson]]:
-    """The lessons in a drawn order, but for `held` of them, and those: what a run is measured on and never learns from."""
-    order = random.Random(seed).sample(list(found), len(found))
-    return order[held:], order[:held]
+    """The lessons in a drawn order, but for `held` of them, and those: what a run is measured on and never learns from.
+
+    Whole documents are held, in a drawn order; where the last is too long, it is cut in two. No lesson goes on across the
+    border: a continuation that the other side knows is left out.
+    """
+    rng = random.Random(seed)
+    chains = _chains(found)
+    rng.shuffle(chains)
+    order = [lesson for chain in chains for lesson in chain]
+    kept, apart = order[held:], order[:held]
+    sides = ({lesson.reference for lesson in kept}, {lesson.reference for lesson in apart})
+    starts = ({lesson.after for lesson in kept}, {lesson.after for lesson in apart})
+    known = (sides[0] | starts[0], sides[1] | starts[1])
+    return rng.sample(_without(kept, known[1]), len(kept)), rng.sample(_without(apart, known[0]), len(apart))
+
+
+def _chains(found: Sequence[Lesson]) -> list[list[Lesson]]:
+    """Lessons that stand together because one goes on with the other: those of a document, in its order."""
+    first = {lesson.reference: lesson.reference for lesson in found}
+
+    def root(reference: str) -> str:
+        while first[reference] != reference:
+            first[reference] = reference = first[first[reference]]
+        return reference
+
+    for lesson in found:
+        if lesson.after in first:
+            first[root(lesson.after)] = root(lesson.reference)
+    chains: dict[str, list[Lesson]] = {}
+    for lesson in found:
+        chains.setdefault(root(lesson.reference), []).append(lesson)
+    return list(chains.values())
+
+
+def _without(lessons: Sequence[Lesson], texts: Collection[str]) -> list[Lesson]:
+    return [replace(lesson, after="") if lesson.after in texts else lesson for lesson in lessons]
 
 
 @dataclass(frozen=True)
