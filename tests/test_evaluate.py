@@ -58,6 +58,13 @@ def test_cases_are_dev_questions_whose_reference_holds_the_answer_and_whose_othe
         assert not any(case.answers[0] in other for other in case.others)
     with pytest.raises(SourceError, match=r"found no .*qa.parquet"):
         dev_cases(decoder, data / "none", 3)
+    (data / "broken").mkdir()
+    (data / "broken" / "qa.parquet").write_text("nothing")
+    with pytest.raises(SourceError, match="found a damaged .*qa.parquet"):
+        dev_cases(decoder, data / "broken", 3)
+    pq.write_table(pa.table({"question": ["Who?"], "answers": [["I"]]}), data / "broken" / "qa.parquet")
+    with pytest.raises(SourceError, match="found no column dataset in .*, expected dataset, split, question"):
+        dev_cases(decoder, data / "broken", 3)
 
 
 def test_each_measurement_prints_its_rows_with_intervals(
@@ -97,7 +104,7 @@ def test_the_gold_text_is_read_where_it_is_put(decoder: Decoder, data: Path, mon
     numbers = [c.question.removeprefix("When is ").rstrip("?") for c in cases]
     monkeypatch.setattr(reading, "complete", repeating)
     assert reading.score_of("gold", decoder, cases, lambda c: [c.gold]).exact == 1.0
-    assert reading.score_of("mixed", decoder, cases, reading._mixed).exact == 1.0
+    assert reading.score_of("mixed", decoder, cases, reading.mixed).exact == 1.0
     assert reading.score_of("wrong", decoder, cases, lambda c: c.others).exact == 0.0
     assert reading.score_of("closed", decoder, cases, None).f1 == 0.0
     with pytest.raises(SourceError, match="found no question"):

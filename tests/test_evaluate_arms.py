@@ -208,6 +208,8 @@ def test_the_untrained_control_has_the_same_shape_and_other_weights_and_leaves_t
     tiny_tokenizer().save_pretrained(tmp_path)
     loaded = untrained_of(decoder, str(tmp_path))
     assert torch.equal(loaded.model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+    with attach(tiny_model("llama").to(torch.bfloat16), tiny_tokenizer(), decoder.spec) as half:
+        assert {untrained_of(half, path).dtype for path in (str(tmp_path), None)} == {torch.bfloat16}
 
 
 def test_differences_are_paired() -> None:

@@ -10,14 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fakes import FakeEmbedder, tokenizer
+from families import tiny_tokenizer
 
 from memory3 import tables
-from memory3.catalogue import Hit
+from memory3.catalogue import FOLDER, Catalogue, Hit
 from memory3.evaluate import ann, retrieval
+from memory3.evaluate.found import CLOSED, FOUND, _held, _wrong, found_texts, measure_found
 from memory3.evaluate.fusion import CONSTANTS, measure_fusion
 from memory3.evaluate.heads import measure_heads
 from memory3.evaluate.picture import draw_retrieval
-from memory3.evaluate.retrieval import Found, Question, built, documents_and_questions, measure_retrieval, ranks
+from memory3.evaluate.reading import dev_cases
+from memory3.evaluate.retrieval import Found, Question, Tables, built, documents_and_questions, measure_retrieval, ranks
 from memory3.loading import load
 from memory3.retrieval import Retriever
 from memory3.spec import SourceError, SpecError
@@ -102,6 +105,31 @@ def test_building_goes_on_where_it_stopped(data: Path, tmp_path: Path, monkeypat
     assert spent["done"] == len(documents)
 
 
+def tables_of(data: Path, work: Path, length: int = 64, embedder: FakeEmbedder | None = None) -> Any:
+    documents, _ = documents_and_questions(data)
+    return built(documents, tokenizer(), length, work, embedder or FakeEmbedder(), lambda done, total: None)
+
+
+def test_tables_of_other_texts_are_not_searched(data: Path, tmp_path: Path) -> None:
+    """Nor of the same texts cut otherwise; the same call again reads what is there."""
+    tables_of(data, tmp_path)
+    again = FakeEmbedder()
+    tables_of(data, tmp_path, embedder=again)
+    assert not any(text.startswith("#") for text in again.embedded)
+    documents, _ = documents_and_questions(data)
+    for texts, by, length in (
+        (documents | {"new": "A grown folder."}, tokenizer(), 64),
+        ({name: text + "!" for name, text in documents.items()}, tokenizer(), 64),
+        (documents, tiny_tokenizer(), 64),
+        (documents, tokenizer(), 32),
+    ):
+        with pytest.raises(SourceError, match="found tables in .* of other texts, another tokenizer or another .* --work"):
+            built(texts, by, length, tmp_path, FakeEmbedder(), lambda done, total: None)
+    (tmp_path / "build.json").write_text('{"dense": 1.0, "lexical": 1.0, "done": 9}')
+    with pytest.raises(SourceError, match="without a note of what they were made from.*: give another --work"):
+        tables_of(data, tmp_path)
+
+
 def test_the_table_has_a_row_per_retriever_and_dataset(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with load() as decoder:
         rows = measure_retrieval(decoder, data, tmp_path, FakeEmbedder(), None, 5, lambda done, total: None)
@@ -117,7 +145,7 @@ def test_the_table_has_a_row_per_retriever_and_dataset(data: Path, tmp_path: Pat
         assert printed[0].startswith("9 documents, 9 references") and len(printed) == 3 + len(rows)
         with pytest.raises(SpecError, match="found retriever 'psychic'"):
             measure_retrieval(decoder, data, tmp_path, FakeEmbedder(), ["psychic"], 5, lambda done, total: None)
-        with pytest.raises(SourceError, match="give their folder with --data"):
+        with pytest.raises(SourceError, match="give the folder that holds qa.parquet with --data"):
             measure_retrieval(decoder, tmp_path, tmp_path, FakeEmbedder(), None, 5, lambda done, total: None)
 
 
@@ -154,8 +182,13 @@ def test_the_approximate_index_is_measured_against_exact_search(
     ann.measure_ann(data, tmp_path, FakeEmbedder(), 600, 0, lambda done, total: None)
     row = capsys.readouterr().out.splitlines()[-1].split(" | ")
     assert row[0] == "| 600" and row[1] == "4" and float(row[2].split()[0]) > 0.5 and int(row[5]) >= 0
+    ann.measure_ann(data, tmp_path, FakeEmbedder(), 600, 1, lambda done, total: None)
+    first, second = (Catalogue(tmp_path / f"ann-600-seed-{seed}" / FOLDER).vectors() for seed in (0, 1))
+    assert not np.array_equal(first, second)
     with pytest.raises(SourceError, match="run it first"):
-        ann.measure_ann(data, tmp_path / "ann-600" / "none", FakeEmbedder(), 600, 0, lambda done, total: None)
+        ann.measure_ann(data, tmp_path / "none", FakeEmbedder(), 600, 0, lambda done, total: None)
+    with pytest.raises(SpecError, match="vectors of another embedder than fake"):
+        ann.measure_ann(data, tmp_path, FakeEmbedder(seed=1), 600, 0, lambda done, total: None)
 
 
 def test_constants_of_fusion_are_measured_on_train_questions(data: Path, tmp_path: Path) -> None:
@@ -166,3 +199,49 @@ def test_constants_of_fusion_are_measured_on_train_questions(data: Path, tmp_pat
         assert set(found) == set(CONSTANTS) and all(0 < recall <= 1 for recall in found.values())
         with pytest.raises(SourceError, match="run it first"):
             measure_fusion(decoder, data, tmp_path / "none", FakeEmbedder(), 9, 0, lambda done, total: None)
+        with pytest.raises(SpecError, match="vectors of another embedder than fake"):
+            measure_fusion(decoder, data, tmp_path, FakeEmbedder(seed=1), 9, 0, lambda done, total: None)
+        tables_of(data, tmp_path / "other")
+        with pytest.raises(SourceError, match="of other texts, another tokenizer"):
+            measure_fusion(decoder, data, tmp_path / "other", FakeEmbedder(), 9, 0, lambda done, total: None)
+
+
+def test_unfinished_tables_are_not_measured_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "_AT_ONCE", 3)
+
+    def stop(done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    documents, _ = documents_and_questions(data)
+    with pytest.raises(KeyboardInterrupt):
+        built(documents, tokenizer(), 64, tmp_path, FakeEmbedder(), stop)
+    with pytest.raises(SourceError, match="stop at text 3: run memory3 eval retrieval again first"):
+        ann.measure_ann(data, tmp_path, FakeEmbedder(), 600, 0, lambda done, total: None)
+
+
+def test_questions_are_answered_from_what_is_found_for_them(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with load() as decoder:
+        documents, _ = documents_and_questions(data)
+        catalogue, _ = built(documents, decoder.tokenizer, 128, tmp_path, FakeEmbedder(), lambda done, total: None)
+        made = measure_found(decoder, data, tmp_path, FakeEmbedder(), "lexical", 3, 1)
+        cases = dev_cases(decoder, data, 3)
+        tables = Tables(catalogue, FakeEmbedder(), decoder)
+        assert found_texts(tables, cases, "lexical", 1) == list(made.texts)
+        with pytest.raises(SpecError, match="found retriever 'psychic', expected one of"):
+            found_texts(tables, cases, "psychic", 1)
+        with pytest.raises(SourceError, match="run it first"):
+            measure_found(decoder, data, tmp_path / "none", FakeEmbedder())
+    assert all(case.question.split()[-1].rstrip("?") in row[0] for case, row in zip(cases, made.texts, strict=True))
+    assert [score.count for score in made.scores] == [3] * 6 and made.scores[0].name == CLOSED
+    printed = capsys.readouterr().out
+    assert f"{sum(made.holding)} of 3 questions find one that holds an answer (lexical)" in printed and FOUND in printed
+
+
+def test_the_control_of_what_is_found_is_that_of_another_question_without_the_answer(data: Path) -> None:
+    with load() as decoder:
+        cases = dev_cases(decoder, data, 3)
+    texts = [("one", "two"), ("two", "three"), (f"four {cases[0].answers[0]}", "five")]
+    assert _wrong(cases, texts) == [(), texts[2], texts[0]]  # the first may read neither its own nor its answer
+    assert _held(cases[0], texts[2]) and not _held(cases[0], texts[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -282,19 +283,25 @@ def test_settings_that_say_nothing_or_two_things_are_refused(decoder: Decoder, b
 def test_every_chunk_of_a_long_question_reads_what_is_given(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two questions of the same words and other references do not share them, also when an answer outlives its chunk."""
     asked = [Question("", "Was it built? " * 3, ("x",))] * 2
-    seen: list[list[list[str]]] = []
+    seen: list[list[int]] = []
     original = Decoder.reading
 
     def noted(self: Decoder, chunks: Any, memories: Any, trace: Any = None) -> Any:
-        seen.append([[[str(len(m.keys)) for m in chunk] for chunk in row] for row in memories])
+        seen.extend([len(chunk) for chunk in row] for row in memories)
         return original(self, chunks, memories, trace)
 
+    def long(decoder: Decoder, prompts: Any, **options: Any) -> Any:
+        config = deepcopy(decoder.model.generation_config)
+        config.min_new_tokens = 24
+        return complete(decoder, prompts, config=config, **options)
+
     monkeypatch.setattr(Decoder, "reading", noted)
+    monkeypatch.setattr("memory3.evaluate.reading.complete", long)
     answered(Arm(SPARSE, decoder), asked, [Brought((TEXTS[0],)), Brought((TEXTS[1], TEXTS[2]))])
-    prompt = seen[0]
-    assert len(prompt[0]) == len(prompt[1]) > 3
-    assert {len(chunk) for chunk in prompt[0]} == {1}
-    assert {len(chunk) for chunk in prompt[1]} == {2}
+    prompt, first, second = len(seen[0]), seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert prompt > 3
+    assert first == [[1] * prompt, [1], [1]]  # the prompt, and two chunks of the answer
+    assert second == [[2] * prompt, [2], [2]]
 
 
 def test_use_by_chunk_adds_up_to_the_effect_of_the_whole_answer(decoder: Decoder, bank: Bank) -> None:

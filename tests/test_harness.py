@@ -20,11 +20,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from typer.testing import CliRunner
 
 from memory3.bank import Bank
+from memory3.cli import app
 from memory3.decoder import Decoder, attach
-from memory3.evaluate.harness import NAME, HarnessError, Memory3LM, run_harness
+from memory3.evaluate.harness import NAME, HarnessError, Memory3LM
 from memory3.generation import Prompt, complete
+from memory3.loading import load
 from memory3.recall import EVALUATION_OVERLAP, Recall, Recalled
 from memory3.retrieval import Hit
 from memory3.spec import Memory3Error, MemorySpec, Reference
@@ -248,6 +251,31 @@ def test_bad_arguments_are_refused_in_one_sentence(arguments: str, sentence: str
         Memory3LM.create_from_arg_string(arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "device", "size"),
+    [
+        (",device=cuda:1,batch_size=7", {"device": None, "batch_size": None}, "cuda:1", 7),
+        (",device=cpu,batch_size=7", {"device": "cuda:0", "batch_size": 1}, "cpu", 7),
+        ("", {"device": "cuda:1", "batch_size": "3"}, "cuda:1", 3),
+        ("", {"device": "cuda:0", "batch_size": 1}, None, 1),
+    ],
+)
+def test_model_arguments_go_before_what_the_harness_fills_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, options: dict[str, Any], device: str | None, size: int
+) -> None:
+    """Without `--device` lm_eval says `None` from Python and `cuda:0` from its command line; its own `hf` takes the CPU then."""
+    asked_for: list[str | None] = []
+
+    def noted(model: str, *, device: str | None, dtype: str | None) -> Decoder:
+        asked_for.append(device)
+        return load(model, device="cpu", dtype=dtype)
+
+    monkeypatch.setattr("memory3.evaluate.harness.load", noted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lm = Memory3LM.create_from_arg_string(f"pretrained={folder / 'model'}{arguments}", {"max_batch_size": None} | options)
+    assert (asked_for, lm.batch_size) == ([device], size)
+
+
 def test_settings_that_generation_does_not_know_are_refused(closed: Memory3LM) -> None:
     with pytest.raises(HarnessError, match="'presence'"):
         closed.generate_until(asked("generate_until", [("a", {"until": ["x"], "max_gen_toks": 4, "presence": 1})]))
@@ -304,15 +332,17 @@ def test_tasks_of_every_kind_run_by_name_and_closed_book_scores_are_those_of_hf(
     assert perplexities[2] != pytest.approx(perplexities[0], rel=1e-3)
 
 
-def test_the_harness_command_line_knows_the_model(folder: Path, offline: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_the_harness_command_line_knows_the_model(folder: Path, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_eval.utils.setup_logging", lambda *_, **__: None)
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda *_, **__: None)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     before = sys.argv
     arguments = f"pretrained={folder / 'model'},bank={folder / 'bank'}"
-    run_harness(["--model", NAME, "--model_args", arguments, "--device=cpu", "--tasks=toy_choice", f"--include_path={offline}"])
+    words = ["--model", NAME, "--model_args", arguments, "--tasks=toy_choice", f"--include_path={offline}"]
+    done = CliRunner().invoke(app, ["eval", "harness", *words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     assert sys.argv is before
-    assert "toy_choice" in capsys.readouterr().out
+    assert "toy_choice" in done.stdout
 
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,10 @@ def test_a_head_that_is_not_heard_ranks_at_zero_and_the_spec_keeps_the_best(tmp_
             decoder, samples, 3, tmp_path / "memory_spec.json", WINDOW, lambda done, total: told.append((done, total))
         )
         spec = MemorySpec.from_json(json.loads((tmp_path / "memory_spec.json").read_text()))
+        made = len(told)
+        with pytest.raises(SourceError, match="found keep=9, expected 1 to 8 heads"):
+            measure_masking(decoder, samples, 9, None, WINDOW, lambda done, total: told.append((done, total)))
+        assert len(told) == made  # said before anything is measured
         assert decoder.using(spec).spec == spec
     assert [len(sample.ids) for sample in samples] == [40, 40]
     assert len(ranked) == LAYERS * 2
@@ -149,7 +153,7 @@ def test_questions_count_their_answer_alone(tmp_path: Path) -> None:
         "title": "T",
         "passage": "Ann sang. " * 4,
     }
-    rows = [row, row | {"split": "dev"}, row | {"dataset": "boolq"}, row | {"passage": "Short."}]
+    rows = [row, row | {"split": "dev"}, row | {"dataset": "boolq"}, row | {"passage": "Short."}, row | {"answers": []}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "qa.parquet")
     with attach(tiny_model("llama"), tiny_tokenizer()) as decoder:
         (sample,) = question_samples(decoder, tmp_path, 9, window=20)

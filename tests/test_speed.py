@@ -37,8 +37,15 @@ def test_both_tables_are_printed_and_the_weights_stay(decoder: Decoder, capsys: 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and {line.count("|") for line in lines} == {5}
     assert lines[0].startswith("| training step of 2 x 48 tokens |")
+    assert "files in the page cache" in lines[7]
     assert "8 references of 32 tokens" in lines[3]  # 49 tokens with <s> are 4 chunks, of 2 sequences
     assert "3 recalls of 2, 4 tokens per head" in lines[7]  # 2 chunks of the prompt, and the first of 2 of the answer
+
+
+def test_the_papers_setting_has_three_recalls(decoder: Decoder, capsys: pytest.CaptureFixture[str]) -> None:
+    """128 tokens in and 128 out, in chunks of 64; here a quarter of all."""
+    measure_speed(decoder, decode_batch=1, prompt=32, output=32, repeats=1, parts=("decode",))
+    assert "memory: 3 recalls of 2" in capsys.readouterr().out
 
 
 def test_both_stages_train_on_the_same_tokens_and_both_take_the_gradient(
@@ -63,18 +70,21 @@ def test_both_stages_train_on_the_same_tokens_and_both_take_the_gradient(
 
 def test_every_answer_has_its_length_and_reads_what_the_table_says(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[int, int, list[int], list[int]]] = []
+    read: list[str] = []
     original = speed.complete
 
     def noted(decoder: Decoder, prompts: list[speed.Prompt], **options: object) -> object:
         answers = original(decoder, prompts, **options)
         ids = [hit.id for a in answers for _, recalled in a.recalls for hit in recalled.hits]
+        read.extend(ids)
         done.append((len(ids), len(set(ids)), [len(p.ids) for p in prompts], [len(a.ids) for a in answers]))
         return answers
 
     monkeypatch.setattr(speed, "complete", noted)
     measure_speed(decoder, **SMALL | {"repeats": 1}, parts=("decode",))
-    plain, memory, text = (0, 0, [21, 21], [18, 18]), (12, 12, [21, 21], [18, 18]), (0, 0, [85, 85], [18, 18])
+    plain, memory, text = (0, 0, [20, 20], [18, 18]), (12, 12, [20, 20], [18, 18]), (0, 0, [84, 84], [18, 18])
     assert done == [plain, memory, text, plain, memory, text]
+    assert len(read) == len(set(read)) == 24  # no turn reads what another has read
 
 
 def test_a_random_bank_reads_like_a_true_one(decoder: Decoder, tmp_path: Path) -> None:
@@ -94,6 +104,11 @@ def test_the_median_turn_counts() -> None:
 
 
 def test_sizes_and_parts_that_mean_nothing_are_refused(decoder: Decoder) -> None:
-    for options, found in (({"repeats": 0}, "repeats=0"), ({"parts": ("sleep",)}, "sleep"), ({"precision": "int2"}, "int2")):
+    for options, found in (
+        ({"repeats": 0}, "repeats=0"),
+        ({"parts": ("sleep",)}, "sleep"),
+        ({"precision": "int2"}, "int2"),
+        ({"prompt": 1}, "prompt=1"),
+    ):
         with pytest.raises(SpecError, match=found):
             measure_speed(decoder, **SMALL | options)

@@ -25,7 +25,7 @@ from memory3.evaluate.utility import (
     utilities,
 )
 from memory3.generation import Prompt
-from memory3.recall import Recall
+from memory3.recall import Recall, Recalled
 from memory3.spec import Memory, MemorySpec, Reference, SourceError
 from memory3.writing import write
 
@@ -93,7 +93,7 @@ def test_the_prompt_alone_is_searched_with(decoder: Decoder, bank: Bank) -> None
     recall = Recall(bank, retriever="lexical")
     worth = utilities(decoder, recall, [use(decoder, "Is it lazy?", "the blue sky")], 1)
     assert [one.id for one in worth.ranked] == [DOG.id]
-    nothing = Use(Prompt((1,), (False,)), (5,))
+    nothing = Use(Prompt((1,), (False,)), (5,), "")
     with pytest.raises(SourceError, match="no reference that any prompt recalls"):
         utilities(decoder, recall, [nothing], 1)
 
@@ -103,6 +103,7 @@ def test_a_text_is_cut_into_chunks_and_what_follows_each(decoder: Decoder) -> No
     uses = text_uses(decoder, text)
     words = [(decoder.tokenizer.decode(u.prompt.ids[1:]), decoder.tokenizer.decode(u.answer)) for u in uses]
     assert words == [(text[:39], text[39:79]), (text[39:78], text[78:100])]
+    assert [u.whole for u in uses] == [text, text[39 - 32 :]]  # a reference of 32 tokens on each side
     assert all(u.prompt.ids[0] == decoder.bos_ids[0] and len(u.prompt.ids) == len(u.prompt.content) for u in uses)
     assert text_uses(decoder, "short") == []
 
@@ -110,7 +111,7 @@ def test_a_text_is_cut_into_chunks_and_what_follows_each(decoder: Decoder) -> No
 def test_a_file_of_questions_is_measured_ranked_and_written(decoder: Decoder, bank: Bank, tmp_path: Path, capsys: Any) -> None:
     rows = [{"question": "The fox?", "answer": "a dog"}, {"question": "The sky?", "answers": ["blue"]}]
     long = {"question": "long " * 20, "answer": "x"}
-    file, out, drop = (tmp_path / name for name in ("asked.jsonl", "worth.json", "drop.txt"))
+    file, out, drop = (tmp_path / name for name in ("asked.jsonl", "new/worth.json", "other/drop.txt"))
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, long]))
     worth = measure_utility(decoder, Recall(bank, retriever="lexical"), file, out, drop, least=1e9)
     written = json.loads(out.read_text())
@@ -122,6 +123,37 @@ def test_a_file_of_questions_is_measured_ranked_and_written(decoder: Decoder, ba
     assert drop.read_text().split() == [one.id for one in reversed(worth.ranked)]
     assert f"| {SKY.id} | 1 |" in capsys.readouterr().out
     assert bank.delete(drop.read_text().split()) == len(worth.ranked)
+
+
+class Noting:
+    """Recalls nothing, and notes what the overlap filter would compare with."""
+
+    min_score = None
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def check(self, decoder: Any) -> None:
+        pass
+
+    def __call__(self, queries: Sequence[str], texts: Sequence[str] | None = None) -> list[Recalled]:
+        self.texts += texts or ()
+        return [Recalled(query) for query in queries]
+
+
+def test_a_text_of_the_bank_is_not_copied_from_it(decoder: Decoder) -> None:
+    """However the bank has cut it: the overlap filter sees every reference that holds a scored token as a whole."""
+    text = "".join(f"{n:03d}" for n in range(100))
+    uses, noting = text_uses(decoder, text), Noting()
+    for n, one in enumerate(uses, 1):
+        first, end = 39 * n, 39 * n + len(one.answer)
+        touching = range(first - 31, min(end, len(text) - 31))
+        assert all(text[start : start + 32] in one.whole for start in touching)
+        assert len(one.whole) <= 39 + 40 + 2 * 32
+    asked = use(decoder, "Is a fox a dog?", "Yes")
+    with pytest.raises(SourceError, match="no reference that any prompt recalls"):
+        utilities(decoder, noting, [*uses, asked], 1)
+    assert noting.texts == [*(one.whole for one in uses), "Is a fox a dog? Yes"]
 
 
 def test_only_what_is_below_the_least_is_dropped() -> None:

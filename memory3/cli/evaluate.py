@@ -33,7 +33,34 @@ Folder = Annotated[Path, typer.Option("--data", help="Folder with qa.parquet (an
 Limit = Annotated[int, typer.Option(min=1, help="Most questions.")]
 Picture = Annotated[Path | None, typer.Option(help="Picture of the table.")]
 Work = Annotated[Path, typer.Option(help="Where tables of passages are kept, to go on or to measure again.")]
+Overlap = Annotated[
+    bool, typer.Option("--overlap-filter/--no-overlap-filter", help="Drop references that repeat the text that is asked.")
+]
 WORK = Path("runs/retrieval")
+
+
+def _check_files(*files: Path | None) -> None:
+    """Make the folders of files that a measurement ends with; refuse one that cannot be written before it begins."""
+    import os
+
+    from memory3.spec import SourceError
+
+    for file in filter(None, files):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SourceError(f"{file.parent} cannot be made ({error.strerror}): give another file") from None
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise SourceError(f"{file} cannot be written: give another file")
+
+
+def _check_picture(out: Path | None) -> None:
+    """The same of a picture, which needs matplotlib and a suffix that it knows."""
+    if out is not None:
+        from memory3.evaluate.picture import check_picture
+
+        check_picture(out)
+        _check_files(out)
 
 
 def _reading(what: str, doc: str) -> Callable[..., None]:
@@ -50,6 +77,7 @@ def _reading(what: str, doc: str) -> Callable[..., None]:
     ) -> None:
         from memory3.evaluate.reading import measure
 
+        _check_picture(out)
         with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
             measure(decoder, data, what, limit, out, seed, tell)
 
@@ -79,6 +107,7 @@ def heads(
     """Which heads find references by their own attention."""
     from memory3.evaluate.heads import measure_heads
 
+    _check_files(out)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
         measure_heads(decoder, data, limit, out, seed, tell)
 
@@ -87,7 +116,9 @@ def heads(
 def retrieval(
     data: Folder,
     model: Model = None,
-    limit: Limit = 500,
+    limit: Annotated[
+        int, typer.Option(min=1, help="internal: most questions of each dataset; the others are asked all.")
+    ] = 500,
     out: Picture = None,
     work: Work = WORK,
     retriever: Annotated[list[str] | None, typer.Option(help="Only these; by default all.")] = None,
@@ -98,12 +129,34 @@ def retrieval(
     """Is the right reference found among all passages?"""
     from memory3.evaluate.retrieval import measure_retrieval
 
+    _check_picture(out)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
         found = measure_retrieval(decoder, data, work, _embedder(embedder, device, dtype), retriever, limit, tell)
     if out is not None:
         from memory3.evaluate.picture import draw_retrieval
 
         draw_retrieval(found, out)
+
+
+@eval_app.command()
+def found(
+    data: Folder,
+    model: Model = None,
+    limit: Limit = 300,
+    work: Work = WORK,
+    retriever: RetrieverName = None,
+    count: Annotated[int | None, typer.Option(min=1, help="References; by default the spec's.")] = None,
+    embedder: Embedder = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Answers from references that are found among all passages, in the tables of `eval retrieval`, beside gold ones."""
+    from memory3.evaluate.found import measure_found
+
+    with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
+        searching = _embedder(embedder, device, dtype)
+        measure_found(decoder, data, work, searching, retriever or "hybrid", limit, count, seed, tell)
 
 
 @eval_app.command()
@@ -158,13 +211,11 @@ def _arms(task: str, doc: str) -> Callable[..., None]:
         ] = False,
         retriever: RetrieverName = None,
         count: Annotated[int | None, typer.Option(min=1, help="References; by default the spec's.")] = None,
-        overlap: Annotated[
-            bool, typer.Option("--overlap-filter/--no-overlap-filter", help="Drop references that repeat the question.")
-        ] = True,
+        overlap: Overlap = True,
         split: Annotated[str | None, typer.Option(help="Only rows of this split; by default all but train.")] = None,
         dataset: Annotated[list[str] | None, typer.Option(help="Only rows of this dataset; may be given often.")] = None,
         limit: Annotated[int | None, typer.Option(min=1, help="Most questions, or stretches of text.")] = None,
-        length: Annotated[int, typer.Option(min=2, help="lm: tokens of a stretch.")] = 512,
+        length: Annotated[int | None, typer.Option(min=2, help="lm: tokens of a stretch, by default 512.")] = None,
         untrained: Annotated[
             str, typer.Option(help="Model before training: a folder, `random` weights of the same shape, or `none`.")
         ] = "random",
@@ -177,9 +228,10 @@ def _arms(task: str, doc: str) -> Callable[..., None]:
     ) -> None:
         from memory3.evaluate.outcomes import document
         from memory3.evaluate.qa import Settings, measure_arms, report
-        from memory3.recall import EVALUATION_OVERLAP
         from memory3.remote import open_bank
 
+        _check_arms(task, gold, retriever, dataset, length)
+        _check_picture(out)
         with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
             settings = Settings(
                 data,
@@ -187,20 +239,33 @@ def _arms(task: str, doc: str) -> Callable[..., None]:
                 gold,
                 retriever,
                 count,
-                EVALUATION_OVERLAP if overlap else None,
+                _most_overlap(overlap),
                 split,
                 tuple(dataset or ()),
                 limit,
-                length,
+                length or Settings.length,
                 seed,
                 None if untrained == "none" else untrained,
             )
             outcomes = measure_arms(task, decoder, settings, tell)
-            table = report(task, settings, outcomes, out)
-        print(json.dumps({"task": task, "arms": document(outcomes)}) if as_json else table)
+        print(json.dumps({"task": task, "arms": document(outcomes)}) if as_json else report(task, settings, outcomes))
+        if out is not None:
+            report(task, settings, outcomes, out)
 
     command.__doc__ = doc
     return command
+
+
+def _check_arms(task: str, gold: bool, retriever: str | None, dataset: list[str] | None, length: int | None) -> None:
+    """Refuse options that would be ignored."""
+    from memory3.spec import SourceError
+
+    if gold and retriever:
+        raise SourceError("found both --gold and --retriever, expected one of them: gold references are not searched for")
+    if task == "lm" and dataset:
+        raise SourceError("found --dataset for lm, expected none: it reads all text of --data, or of one --split")
+    if task != "lm" and length:
+        raise SourceError(f"found --length for {task}, expected none: questions are asked whole")
 
 
 for _name, _doc in {
@@ -218,6 +283,7 @@ def use(
     bank: Banks = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens of each.")] = 256,
     retriever: RetrieverName = None,
+    overlap: Overlap = True,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -227,10 +293,15 @@ def use(
     from memory3.evaluate.use import use_by_chunk, use_table
 
     with decoder_of(model, None, device, dtype) as decoder, progress("generating") as tell:
-        found = use_by_chunk(
-            decoder, questions_of(prompts), recall_of(bank, decoder, retriever=retriever), tokens=tokens, tell=tell
-        )
+        recall = recall_of(bank, decoder, retriever=retriever, max_overlap=_most_overlap(overlap))
+        found = use_by_chunk(decoder, questions_of(prompts), recall, tokens=tokens, tell=tell)
     print(use_table(found))
+
+
+def _most_overlap(filtered: bool) -> float | None:
+    from memory3.recall import EVALUATION_OVERLAP
+
+    return EVALUATION_OVERLAP if filtered else None
 
 
 @eval_app.command()
@@ -239,7 +310,7 @@ def speed(
     length: Annotated[int, typer.Option(min=1, help="Tokens of a training sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a training step.")] = 1,
     decode_batch: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 32,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, its <s> among them.")] = 128,
     output: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 5,
     model: Model = None,
@@ -280,9 +351,10 @@ def masking(
     """Choose memory heads by what hiding distant tokens from each costs (Remark 4)."""
     from memory3.evaluate.masking import measure_masking, question_samples
 
+    _check_files(out)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
         samples = question_samples(decoder, data, limit, seed, window)
-        measure_masking(decoder, samples, keep if keep < 1 else int(keep), out, window, tell)
+        measure_masking(decoder, samples, int(keep) if keep.is_integer() else keep, out, window, tell)
 
 
 @eval_app.command()
@@ -294,6 +366,7 @@ def utility(
     least: Annotated[float, typer.Option(help="Least utility, in nats per token.")] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Most uses.")] = None,
     retriever: RetrieverName = None,
+    overlap: Overlap = True,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -301,8 +374,9 @@ def utility(
     """Rank the references of a bank by what they are worth to questions or a text (Remark 7)."""
     from memory3.evaluate.utility import measure_utility
 
+    _check_files(out, drop)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
-        recall = recall_of(bank, decoder, retriever=retriever)
+        recall = recall_of(bank, decoder, retriever=retriever, max_overlap=_most_overlap(overlap))
         measure_utility(decoder, recall, questions, out, drop, least, limit, tell)
 
 
@@ -312,18 +386,22 @@ def ablation(
     data: Annotated[list[str], typer.Option(help="Folder with qa.parquet; for warmup and chunk documents.")],
     out: Annotated[Path | None, typer.Option(help="Folder of table, values, picture and checkpoints.")] = None,
     bank: Annotated[str | None, typer.Option(help="chunk: whose references are recalled.")] = None,
-    limit: Limit = 300,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most questions, or stretches of text; by default 300, for warmup 64.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Train each variant for so many steps.")] = None,
-    tokens_per_head: Annotated[int | None, typer.Option(min=1, help="Of the trained readers.")] = None,
-    size: Annotated[int, typer.Option(min=1, help="warmup: depth of the model.")] = 4,
+    tokens_per_head: Annotated[int | None, typer.Option(min=1, help="layers, selection: of the trained readers.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="warmup: depth of the model, by default 4.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Most wall time of the trainings of this call.")] = None,
-    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    text_field: Annotated[
+        str | None, typer.Option(help="warmup, chunk: field or column that holds the text, by default text.")
+    ] = None,
     model: Model = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """What one choice of the method is worth, its alternatives side by side."""
+    """What one choice of the method is worth, its alternatives side by side; an option that does not apply is refused."""
     from memory3.evaluate.ablations import Inputs, measure_ablation
     from memory3.loading import load
 
@@ -339,6 +417,9 @@ def ablation(
             minutes=minutes,
             seed=seed,
             text_field=text_field,
+            model=model,
+            device=device,
+            dtype=dtype,
             tell=tell,
             preparing=preparing,
             report=report,

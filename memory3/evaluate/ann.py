@@ -10,9 +10,9 @@ import numpy as np
 
 from memory3.catalogue import FOLDER, Catalogue, Entry
 from memory3.embedding import Embedder
-from memory3.evaluate.retrieval import documents_and_questions
+from memory3.evaluate.retrieval import documents_and_questions, whole_tables
 from memory3.scoring import interval
-from memory3.spec import Reference, SourceError
+from memory3.spec import Reference
 from memory3.tables import VECTOR
 
 K = 20
@@ -27,12 +27,14 @@ def measure_ann(
     """Print a Markdown table for tables of `count` vectors.
 
     The vectors of `memory3 eval retrieval` come first. Beyond these each is synthetic: a mean of two of them at a random weight, with
-    noise of a tenth of its length, so that they crowd the same space. Questions are real. The table stays in `work`.
+    noise of a tenth of its length, so that they crowd the same space. Questions are real. The table stays in `work`, one of
+    each count and seed.
+
+    Raises:
+        SourceError, SpecError: as of `whole_tables`.
     """
-    real = Catalogue(work / FOLDER) if (work / FOLDER).is_dir() else None
-    if real is None or real.space is None or not len(real):
-        raise SourceError(f"found no vectors in {work}, expected those of memory3 eval retrieval: run it first")
-    folder = work / f"ann-{count}" / FOLDER
+    real = whole_tables(work, embedder)
+    folder = work / f"ann-{count}-seed-{seed}" / FOLDER
     folder.parent.mkdir(parents=True, exist_ok=True)
     catalogue = Catalogue(folder, create=True, space=real.space)
     _filled(catalogue, real.vectors()[:count], count, seed, tell)

@@ -113,7 +113,7 @@ def quantising_codecs(decoder: Decoder, banks: Sequence[BankReader] = ()) -> lis
 
 
 def untrained_of(decoder: Decoder, path: str | None = None, seed: int = 0) -> Decoder:
-    """The control that memory was never taught: a model before training, under the decoder's spec.
+    """The control that memory was never taught: a model before training, under the decoder's spec, in its dtype and on its device.
 
     Args:
         decoder: the trained one.
@@ -125,10 +125,14 @@ def untrained_of(decoder: Decoder, path: str | None = None, seed: int = 0) -> De
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "found no memory_spec|the given memory spec overrules", UserWarning)
-        found = load(path, decoder.spec, device=str(decoder.device)) if path else attach(*_fresh(decoder, seed), decoder.spec)
+        found = _loaded(decoder, path) if path else attach(*_fresh(decoder, seed), decoder.spec)
     if tokenizer_fingerprint(found.tokenizer) != tokenizer_fingerprint(decoder.tokenizer):
         raise SourceError(f"{path} has another tokenizer than {decoder.name}, expected the model that its training began with")
     return found
+
+
+def _loaded(decoder: Decoder, path: str) -> Decoder:
+    return load(path, decoder.spec, device=str(decoder.device), dtype=str(decoder.dtype).removeprefix("torch."))
 
 
 def _fresh(decoder: Decoder, seed: int) -> tuple[Any, Any]:

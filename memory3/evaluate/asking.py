@@ -14,6 +14,7 @@ from memory3.rows import Row, rows
 from memory3.spec import SourceError
 
 YES_NO = ("yes", "no")
+_VERDICTS = {"yes": 0, "true": 0, "no": 1, "false": 1}
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Question:
     Args:
         dataset: where it comes from, for tables.
         text: the question, or the text that goes before a completion.
-        answers: accepted answers; of a question with choices, those that wrong references must not hold.
+        answers: accepted answers, in the row's own words; of a question with choices the right one. FACTOR's have none.
         choices: completions to choose from; empty where the answer is to be generated.
         right: place of the right choice.
         title: of the page of the passage.
@@ -41,6 +42,11 @@ class Question:
     passage: str = ""
     plain: bool = False
     whole: str = ""
+
+    @property
+    def quoted(self) -> tuple[str, ...]:
+        """Accepted answers that a text can hold: not yes, no, true and false, which texts have for other reasons."""
+        return tuple(a for a in self.answers if a.lower() not in _VERDICTS)
 
 
 def split_of(source: str, split: str | None = None) -> Iterator[tuple[str, Row]]:
@@ -100,24 +106,28 @@ def _of_qa(row: Row, where: str) -> Question:
         return _claim(row, where, common)
     if _first(row, "instruction") is not None:
         return _instruction(row, where, common)
-    text = str(_first(row, "question", "query", "goal", "prompt", "ctx") or "").strip()
-    if not text:
+    asked = _structured(_first(row, "question", "query", "goal", "prompt", "ctx"))
+    text = asked.get("text") if isinstance(asked, dict) else asked
+    if not isinstance(text, str) or not text.strip():
         raise SourceError(f"{where} has no question among {', '.join(row)}, expected a column question, claim or instruction")
-    offered = _first(row, "choices", "options", "endings", "mc1", "mc1_targets")
-    if offered is not None:
+    text = text.strip()
+    offered = _first(row, "choices", "options", "endings", "mc1", "mc1_targets") or _several([row.get("sol1"), row.get("sol2")])
+    if offered:
         return _chosen(text, *_choices(row, offered, where), common)
-    answers = _answers(_first(row, "answers", "possible_answers", "answer", "answer_aliases"))
+    answers = _accepted(row)
     if not answers:
         raise SourceError(
             f"{where} has no answer among {', '.join(row)}, expected a column answers, possible_answers or answer"
         )
-    if {a.lower() for a in answers} <= {"yes", "no", "true", "false"}:
-        return _chosen(text, YES_NO, int(answers[0].lower() in ("no", "false")), common)
+    verdicts = {_VERDICTS.get(a.lower()) for a in answers}
+    if len(verdicts) == 1 and None not in verdicts:  # answers that contradict each other are no choice between the two
+        return _chosen(text, YES_NO, _VERDICTS[answers[0].lower()], common | {"answers": answers})
     return Question(text=text, answers=answers, **common)
 
 
 def _chosen(text: str, choices: Sequence[str], right: int, common: dict[str, Any]) -> Question:
-    return Question(text=text, choices=tuple(choices), right=right, **common)
+    """A question with choices; the right one is its answer, unless the row has an answer in words of its own."""
+    return Question(text=text, choices=tuple(choices), right=right, **{"answers": (choices[right],), **common})
 
 
 def _claim(row: Row, where: str, common: dict[str, Any]) -> Question:
@@ -148,19 +158,62 @@ def _instruction(row: Row, where: str, common: dict[str, Any]) -> Question:
 
 
 def _choices(row: Row, offered: Any, where: str) -> tuple[list[str], int]:
-    """Choices, and the place of the right one; named by letter, number, label or its own text, or marked among them."""
+    """Choices, and the place of the right one: marked among them, or named by label, letter, number or its own text."""
     value = _structured(offered)
-    if isinstance(value, dict) and "labels" in value:
-        return _checked([str(c) for c in value["choices"]], list(value["labels"]).index(1), where)
-    if isinstance(value, dict) and "text" in value:
-        texts, names = [str(t) for t in value["text"]], [str(n) for n in value["label"]]
-    elif isinstance(value, dict):
-        return _checked([str(c) for c in value], list(value.values()).index(1), where)
-    else:
-        texts, names = [str(t) for t in value], [chr(65 + n) for n in range(len(value))]
-    key = str(_first(row, "answerKey", "answer", "label", "gold"))
-    place = next((place for place in (names, texts) if key in place), None)
-    return _checked(texts, place.index(key) if place else int(key) if key.isdigit() else -1, where)
+    if not isinstance(value, dict):
+        texts = _listed(value, where)
+        return _checked(texts, _named(row, texts, where), where)
+    if "text" in value:
+        texts, labels = _listed(value["text"], where), [str(name) for name in value.get("label") or ()]
+        key = str(_right(row)[1])
+        return _checked(texts, labels.index(key) if key in labels else _named(row, texts, where), where)
+    if "labels" in value:
+        return _marked(_listed(value.get("choices"), where), value["labels"], where)
+    return _marked([str(text) for text in value], list(value.values()), where)
+
+
+def _listed(value: Any, where: str) -> list[str]:
+    """Choices as texts."""
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str | int | float) for v in value):
+        raise SourceError(f"{where} has the choices {str(value)[:60]!r}, expected a list of texts: split them")
+    return [str(v) for v in value]
+
+
+def _marked(texts: list[str], marks: Any, where: str) -> tuple[list[str], int]:
+    """Choices of which one is marked with 1, as in TruthfulQA."""
+    if not isinstance(marks, list | tuple) or len(marks) != len(texts) or list(marks).count(1) != 1:
+        raise SourceError(f"{where} has {len(texts)} choices marked {str(marks)[:60]}, expected a 0 or 1 for each, and one 1")
+    return _checked(texts, list(marks).index(1), where)
+
+
+def _right(row: Row) -> tuple[str, Any]:
+    """Column that says which choice is right, and its value; nothing where there is none."""
+    columns = ("answerKey", "answer", "label", "gold")
+    return next(((name, row[name]) for name in columns if _holds_something(row.get(name))), ("", None))
+
+
+def _named(row: Row, texts: Sequence[str], where: str) -> int:
+    """Place of the right choice, -1 where none is named.
+
+    A number counts from 0, and so do digits in the columns `label` and `gold`. Other text is a letter, else digits or the choice
+    itself: where these name two choices, as `2` among the choices 1, 2 and 3, nothing is guessed.
+    """
+    column, value = _right(row)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    key, letters = str(value), [chr(65 + n) for n in range(len(texts))]
+    number = int(key) if key.isdecimal() and len(key) < 9 else -1
+    if key in letters:
+        return letters.index(key)
+    if column in ("label", "gold") and number >= 0:
+        return number
+    places = {n for n in (number, texts.index(key) if key in texts else -1) if 0 <= n < len(texts)}
+    if len(places) > 1:
+        raise SourceError(
+            f"{where} has {column} {key!r}, the text of choice {texts.index(key)} and the number of another, expected one of them: "
+            "give the number, from 0, in a column label"
+        )
+    return places.pop() if places else -1
 
 
 def _checked(texts: list[str], right: int, where: str) -> tuple[list[str], int]:
@@ -198,7 +251,12 @@ def _text(row: Row, where: str, *names: str) -> str:
 
 def _first(row: Row, *names: str) -> Any:
     """The first of these columns that holds anything."""
-    return next((row[name] for name in names if row.get(name) is not None), None)
+    return next((row[name] for name in names if _holds_something(row.get(name))), None)
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether a cell is more than a missing value, a blank text or an empty list; 0 and false are something."""
+    return value is not None and value != [] and value != {} and not (isinstance(value, str) and not value.strip())
 
 
 def _structured(value: Any) -> Any:
@@ -216,6 +274,12 @@ def _several(value: Any) -> tuple[str, ...]:
     value = _structured(value)
     found = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     return tuple(str(v).strip() for v in found if v is not None and str(v).strip())
+
+
+def _accepted(row: Row) -> tuple[str, ...]:
+    """Accepted answers of a row, its aliases among them."""
+    columns = (_answers(row.get(name)) for name in ("answers", "possible_answers", "answer"))
+    return tuple(dict.fromkeys([*next(filter(None, columns), ()), *_answers(row.get("answer_aliases"))]))
 
 
 def _answers(value: Any) -> tuple[str, ...]:

@@ -25,13 +25,12 @@ from memory3.evaluate.variations import Study
 from memory3.reader import BankReader
 from memory3.spec import MemorySpec, Reference, SourceError
 from memory3.splitting import split
-from memory3.train.corpus import Corpus, tokenised
+from memory3.train.corpus import Corpus, data_key, kept_tokenizer, tokenised
 from memory3.train.recalled import read_texts
 from memory3.train.retrieved import Asking, ChunkReferences
 from memory3.train.sequences import Continual, Retrieved, Warmup, shared
 from memory3.train.settings import Report, Schedule, Settings, TrainError
 from memory3.train.shapes import shape
-from memory3.train.tokenizer import trained_tokenizer
 from memory3.writing import write
 
 HELD_EVERY = 10
@@ -163,10 +162,10 @@ def material(plan: Plan, sources: Sequence[str], folder: Path, text_field: str, 
 
     Raises:
         SourceError: the sources hold fewer than two held-out rows, or nothing is retrieved for them.
-        TrainError: less training text than a row.
+        TrainError: less training text than a row, or the folder has a tokenizer of other data.
     """
     texts, held = parted(documents(list(sources), text_field=text_field), plan)
-    tokenizer = _tokenizer(plan, texts, folder / "tokenizer")
+    tokenizer = kept_tokenizer(folder / "tokenizer", data_key(sources), lambda: (d.text for d in texts), plan.vocabulary)
     decoder = fresh(plan, tokenizer)
     training = _text_file(folder / "training.jsonl", texts)
     corpus = tokenised([training], tokenizer, folder / "corpus", tell=lambda done, total: tell("tokenising", done, total))
@@ -198,14 +197,6 @@ def parted(found: Iterable[Document], plan: Plan) -> tuple[list[Document], list[
         elif wanted[not held] <= 0:
             break
     return parts[False], parts[True]
-
-
-def _tokenizer(plan: Plan, texts: Sequence[Document], place: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not (place / "tokenizer.json").exists():
-        trained_tokenizer((d.text for d in texts), plan.vocabulary).save_pretrained(place)
-    return AutoTokenizer.from_pretrained(place)
 
 
 def fresh(plan: Plan, tokenizer: Any) -> Decoder:

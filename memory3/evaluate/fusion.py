@@ -6,13 +6,12 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from memory3.catalogue import FOLDER, Catalogue, Hit
+from memory3.catalogue import Hit
 from memory3.decoder import Decoder
 from memory3.embedding import Embedder
-from memory3.evaluate.retrieval import TOGETHER, documents_and_questions, right_references
+from memory3.evaluate.retrieval import TOGETHER, documents_and_questions, fingerprint, right_references, whole_tables
 from memory3.retrieval import FUSED, fused
 from memory3.scoring import interval
-from memory3.spec import SourceError
 
 CONSTANTS = (1, 2, 3, 5, 10, 20, 60)
 
@@ -20,15 +19,18 @@ CONSTANTS = (1, 2, 3, 5, 10, 20, 60)
 def measure_fusion(
     decoder: Decoder, data: Path, work: Path, embedder: Embedder, limit: int, seed: int, tell: Callable[[int, int | None], None]
 ) -> dict[int, float]:
-    """Print recall@5 of each constant on `limit` train questions of `TOGETHER`, over the tables of `memory3 eval retrieval`."""
-    if not (work / FOLDER).is_dir():
-        raise SourceError(f"found no tables in {work}, expected those of memory3 eval retrieval: run it first")
-    catalogue = Catalogue(work / FOLDER)
+    """Print recall@5 of each constant on `limit` train questions of `TOGETHER`, over the tables of `memory3 eval retrieval`.
+
+    Raises:
+        SourceError, SpecError: as of `whole_tables`.
+    """
+    tokenizer, length = decoder.tokenizer, decoder.spec.reference_length
     documents, questions = documents_and_questions(data, "train")
+    catalogue = whole_tables(work, embedder, fingerprint(documents, tokenizer, length))
     questions = [question for question in questions if question.dataset in TOGETHER]
     random.Random(seed).shuffle(questions)
     questions = questions[:limit]
-    right = right_references(questions, documents, decoder.tokenizer, decoder.spec.reference_length)
+    right = right_references(questions, documents, tokenizer, length)
     vectors = embedder.embed([question.text for question in questions], query=True)
     lists: list[tuple[list[Hit], list[Hit]]] = []
     for question, vector in zip(questions, vectors, strict=True):

@@ -69,7 +69,7 @@ def gold_among_others(
     """Questions whose passage can be given, and for each its gold reference among those of other questions.
 
     Gold is the first reference of the passage that holds an answer, or the whole passage where nothing has to be quoted (a
-    question with choices). Others do not hold an answer. Questions without gold are left out.
+    question with choices, or one that is answered with yes or no). Others do not hold an answer. Questions without gold are left out.
 
     Args:
         decoder: splits passages.
@@ -94,7 +94,7 @@ def gold_among_others(
     rng, pool = random.Random(seed), list(dict.fromkeys(g[0] for g in golds))
     given = []
     for question, gold in zip(kept, golds, strict=True):
-        others = [o for o in rng.sample(pool, min(len(pool), 8 * wanted)) if o not in gold and not holds(o, question.answers)]
+        others = [o for o in rng.sample(pool, min(len(pool), 8 * wanted)) if o not in gold and not holds(o, question.quoted)]
         mixed = among(question.text, gold, others[: wanted - len(gold)])
         given.append(tuple(t for t in mixed if max_overlap is None or _overlap(decoder, question, t) <= max_overlap))
     return kept, with_wrong(kept, given)
@@ -102,8 +102,8 @@ def gold_among_others(
 
 def _gold(decoder: Decoder, question: Question) -> list[str]:
     document = document_of(question.title, question.passage) if question.passage else ""
-    if question.answers and not question.choices:
-        return to_gold(decoder, document, question.answers)[-1:]
+    if question.quoted and not question.choices:
+        return to_gold(decoder, document, question.quoted)[-1:]
     return [p.text for p in split(document, decoder.tokenizer, length=decoder.spec.reference_length)]
 
 
@@ -118,15 +118,23 @@ def holds(text: str, answers: Sequence[str]) -> bool:
 
 
 def with_wrong(questions: Sequence[Question], given: Sequence[tuple[str, ...]]) -> list[Brought]:
-    """Beside each question's references as many of the next questions', none of which it has itself or that hold its answer."""
+    """Beside each question's references as many of the next questions', as far as there are so many.
+
+    None is one that the question has itself or that holds its answer, and none was brought to another part of its own `whole`.
+    """
     found = []
     for n, (question, own) in enumerate(zip(questions, given, strict=True)):
-        following = (text for place in range(1, len(given)) for text in given[(n + place) % len(given)])
+        following = ((n + place) % len(given) for place in range(1, len(given)))
+        others = (text for m in following if not _of_one_text(question, questions[m]) for text in given[m])
         wrong: list[str] = []
-        for text in following:
+        for text in others:
             if len(wrong) == len(own):
                 break
-            if text not in own and text not in wrong and not holds(text, question.answers):
+            if text not in own and text not in wrong and not holds(text, question.quoted):
                 wrong.append(text)
         found.append(Brought(own, tuple(wrong)))
     return found
+
+
+def _of_one_text(one: Question, other: Question) -> bool:
+    return bool(one.whole) and one.whole == other.whole

@@ -52,6 +52,8 @@ except ImportError as error:
 NAME = "memory3"
 AUTO_BATCH = 16
 """Sequences of a batch where the harness is told `auto`: no batch is tried out here."""
+_DEFAULT_DEVICE = "cuda:0"
+"""What the harness's command line says where no device was given; without a GPU its own `hf` takes the CPU then."""
 ARGUMENTS = (
     "pretrained", "bank", "retriever", "references", "min_score", "overlap", "at", "no_memory", "device", "dtype",
     "batch_size", "max_batch_size", "max_length", "add_bos_token",
@@ -127,14 +129,18 @@ class Memory3LM(TemplateLM):  # type: ignore[misc]
                 `overlap`, the share above which a reference that repeats the question is dropped, or `off` (2/3, paper
                 4.4); `no_memory=true`: the tokens of a run with memory, closed book; `device`, `dtype`, `batch_size`,
                 `max_length`, `add_bos_token`.
-            additional_config: `device` and `batch_size` of the harness's own options.
+            additional_config: `device` and `batch_size` of the harness's own options. `arg_dict` goes before them, as the
+                harness's command line fills in a batch size of 1 and `cuda:0` (`_DEFAULT_DEVICE`) where they were not given.
 
         Raises:
             HarnessError: an argument that is not known, or out of range.
             ModelError: no such model.
             BankError: no such bank.
         """
-        given = {k: v for k, v in {**arg_dict, **(additional_config or {})}.items() if v is not None}
+        options = dict(additional_config or {})
+        if options.get("device") == _DEFAULT_DEVICE and not torch.cuda.is_available():
+            del options["device"]
+        given = {k: v for some in (options, arg_dict) for k, v in some.items() if v is not None}
         if unknown := sorted(set(given) - set(ARGUMENTS)):
             raise HarnessError(f"found model argument {unknown[0]!r}, expected some of {', '.join(ARGUMENTS)}")
         dtype = given.get("dtype")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memory3.catalogue import FOLDER, Catalogue, Entry
 from memory3.decoder import Decoder
-from memory3.evaluate.reading import document_of
+from memory3.evaluate.reading import document_of, shuffled_questions
 from memory3.evaluate.retrieval import Question, references_of, right_references
 from memory3.internal import Attention
 from memory3.scoring import interval
@@ -61,6 +61,7 @@ def measure_heads(
     print(_row("all heads, other half", second, list(rankings[0].scores)))
     print(_row("words alone, other half", second, []))
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(chosen) + "\n", "utf-8")
     return chosen
 
@@ -87,12 +88,7 @@ def _row(name: str, rankings: Sequence[Ranking], heads: Sequence[Head]) -> str:
 
 
 def _rankings(decoder: Decoder, data: Path, limit: int, seed: int, tell: Callable[[int, int | None], None]) -> list[Ranking]:
-    import pyarrow.parquet as pq
-
-    if not (data / "qa.parquet").is_file():
-        raise SourceError(f"found no {data / 'qa.parquet'}, expected the questions: give their folder with --data")
-    rows = [r for r in pq.read_table(data / "qa.parquet").to_pylist() if r["split"] == "train" and r["dataset"] != "boolq"]
-    random.Random(seed).shuffle(rows)
+    rows = shuffled_questions(data, "train", random.Random(seed))
     documents = {str(n): document_of(row["title"], row["passage"]) for n, row in enumerate(rows[:_DOCUMENTS])}
     questions = [
         Question(row["dataset"], row["question"].strip(), tuple(a.strip() for a in row["answers"] if a.strip()), str(n))

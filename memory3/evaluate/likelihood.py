@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import log
 
 import torch
@@ -17,8 +18,8 @@ from memory3.evaluate.asking import Question
 from memory3.evaluate.given import Brought, Tell
 from memory3.spec import Memory, SourceError
 
-TOKENS, LOGITS = 2**13, 2**26
-"""Most tokens, and most logits, of one batch."""
+TOKENS, LOGITS, MEMORY_BYTES = 2**13, 2**26, 2**30
+"""Most tokens, most logits, and most bytes of distinct memories, of one batch; a row that is larger alone is a batch."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,12 @@ def log_probabilities(arm: Arm, rows: Sequence[Row], tell: Tell | None = None) -
     was_training = arm.decoder.model.training
     arm.decoder.model.eval()
     found: dict[int, list[float]] = {}
+    memories: dict[str, Memory] = {}
     try:
-        for batch in _batches(rows, int(arm.decoder.model.config.get_text_config().vocab_size)):
-            for n, row in zip(batch, _run(arm, [rows[n] for n in batch]), strict=True):
+        for batch in _batches(arm, rows):
+            some = [rows[n] for n in batch]
+            memories = _memories(arm, some, memories)
+            for n, row in zip(batch, _run(arm, some, memories), strict=True):
                 found[n] = row
             if tell:
                 tell(len(found), len(rows))
@@ -55,29 +59,48 @@ def log_probabilities(arm: Arm, rows: Sequence[Row], tell: Tell | None = None) -
     return [found[n] for n in range(len(rows))]
 
 
-def _batches(rows: Sequence[Row], vocabulary: int) -> Iterator[list[int]]:
-    """Numbers of rows, longest first, so many at a time as the limits allow."""
+def _batches(arm: Arm, rows: Sequence[Row]) -> Iterator[list[int]]:
+    """Numbers of rows, longest first, so many at a time as the limits allow. Rows that read the same follow each other."""
+    alike: dict[Hashable, list[int]] = {}
+    for n, row in enumerate(rows):
+        alike.setdefault(tuple(map(tuple, row.given)) if any(row.given) else n, []).append(n)
     batch: list[int] = []
-    longest = kept = 0
-    for n in sorted(range(len(rows)), key=lambda n: (-len(rows[n].ids), n)):
-        longest, kept = max(longest, len(rows[n].ids)), max(kept, len(rows[n].ids) - rows[n].start + 1)
-        count = len(batch) + 1
-        if batch and (count * longest > TOKENS or count * kept * vocabulary > LOGITS):
+    groups = sorted(alike.values(), key=lambda some: (-max(len(rows[n].ids) for n in some), some[0]))
+    for n in chain.from_iterable(groups):
+        if batch and not _fit(arm, [rows[m] for m in (*batch, n)]):
             yield batch
-            batch, longest, kept = [], len(rows[n].ids), len(rows[n].ids) - rows[n].start + 1
+            batch = []
         batch.append(n)
     if batch:
         yield batch
 
 
-def _run(arm: Arm, rows: Sequence[Row]) -> list[list[float]]:
+def _texts(rows: Iterable[Row]) -> dict[str, None]:
+    """Distinct texts that some rows read, in order."""
+    return dict.fromkeys(text for row in rows for chunk in row.given for text in chunk)
+
+
+def _fit(arm: Arm, rows: Sequence[Row]) -> bool:
+    """Whether rows are small enough for one batch."""
+    decoder, spec = arm.decoder, arm.decoder.spec
+    tokens, kept = max(len(row.ids) for row in rows), max(len(row.ids) - row.start + 1 for row in rows)
+    logits = kept * int(decoder.model.config.get_text_config().vocab_size)
+    memory_bytes = 2 * spec.pairs * spec.slots * decoder.head_dim * decoder.dtype.itemsize
+    read = len(_texts(rows)) if arm.remembers else 0
+    return len(rows) * tokens <= TOKENS and len(rows) * logits <= LOGITS and read * memory_bytes <= MEMORY_BYTES
+
+
+def _memories(arm: Arm, rows: Sequence[Row], known: Mapping[str, Memory]) -> dict[str, Memory]:
+    """Memories of what some rows read, those apart that the batch before had written."""
+    texts = _texts(rows) if arm.remembers else {}
+    return {t: known[t] for t in texts if t in known} | arm.memories(t for t in texts if t not in known)
+
+
+def _run(arm: Arm, rows: Sequence[Row], memories: Mapping[str, Memory]) -> list[list[float]]:
     decoder = arm.decoder
     grid = [row.grid or [0] * len(row.ids) for row in rows]
     layout = decoder.layout([row.ids for row in rows], grid=grid, memory=arm.remembers)
-    reading = None
-    if arm.remembers:
-        memories = arm.memories(text for row in rows for chunk in row.given for text in chunk)
-        reading = decoder.reading(layout.chunks, [_table(row, memories) for row in rows])
+    reading = decoder.reading(layout.chunks, [_table(row, memories) for row in rows]) if arm.remembers else None
     keep = max(len(row.ids) - row.start for row in rows) + 1
     logits = decoder.forward(layout, reading, logits_to_keep=keep).logits
     return [_of_row(logits[n], row) for n, row in enumerate(rows)]
@@ -102,7 +125,8 @@ def _of_row(logits: Tensor, row: Row) -> list[float]:
 def chosen(arm: Arm, questions: Sequence[Question], brought: Sequence[Brought], tell: Tell | None = None) -> list[float]:
     """1 for each question whose right choice has the largest mean log-probability per token, alone; else 0.
 
-    A context that does not fit the model's window beside the references as text loses its beginning, alike in all arms.
+    A context that does not fit the model's window beside the references as text, or behind their interval, loses its
+    beginning, alike in all arms.
     """
     rows = [row for question, b in zip(questions, brought, strict=True) for row in _choice_rows(arm, question, b)]
     found = iter(_means(log_probabilities(arm, rows, tell)))
@@ -127,8 +151,9 @@ def _choice_rows(arm: Arm, question: Question, brought: Brought) -> list[Row]:
     if not all(endings):
         raise SourceError(f"found an empty choice of the question {question.text[:60]!r}, expected some words in each")
     bos, room = decoder.bos_ids, decoder.window - max(map(len, endings)) - len(decoder.bos_ids)
-    longest = decoder.spec.reference_length + len(decoder.tokens("\n\n"))
-    own = max(1, room - longest * max(len(brought.right), len(brought.wrong)))
+    interval = decoder.spec.reference_length
+    most = (interval + len(decoder.tokens("\n\n"))) * max(len(brought.right), len(brought.wrong))
+    own = max(1, room - max(interval, most))
     references, asked = context
     ids = [*bos, *references[:room], *asked[-own:]]
     given = [texts] if arm.remembers else []
@@ -167,11 +192,12 @@ def passages(
     The first chunk of a stretch has no chunk before it that could recall: it is context and counts in no arm.
 
     Raises:
-        SourceError: there is less text than one stretch, or a stretch has no second chunk.
+        SourceError: there is less text than one stretch, a stretch has no second chunk, or it does not fit the model's window
+            behind the references' interval.
     """
-    size, bos = decoder.spec.chunk_length, decoder.bos_ids
-    if not size + 1 < length <= decoder.window:
-        raise SourceError(f"found stretches of {length} tokens, expected {size + 2} to {decoder.window}: give another --length")
+    size, bos, most = decoder.spec.chunk_length, decoder.bos_ids, decoder.window - decoder.spec.reference_length
+    if not size + 1 < length <= most:
+        raise SourceError(f"found stretches of {length} tokens, expected {size + 2} to {most}: give another --length")
     whole = "\n".join(texts)
     marked = decoder.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets, step = list(marked["input_ids"]), marked["offset_mapping"], length - len(bos)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from memory3.answering import QUESTION
 from memory3.attention import KEYWORD, Attended, Original, States
 from memory3.decoder import Decoder
-from memory3.evaluate.reading import document_of
+from memory3.evaluate.reading import document_of, shuffled_questions
 from memory3.scoring import interval
 from memory3.spec import MemorySpec, SourceError
 
@@ -102,18 +102,12 @@ def question_samples(decoder: Decoder, data: Path, limit: int, seed: int = 0, wi
 
     Only the answer's loss counts; rows of at most twice the window are left out, those beyond the model's window too.
     """
-    import pyarrow.parquet as pq
-
-    file = data / "qa.parquet"
-    if not file.is_file():
-        raise SourceError(f"found no {file}, expected the questions: give the folder that holds qa.parquet with --data")
-    rows = [r for r in pq.read_table(file).to_pylist() if r["split"] == "train" and r["dataset"] != "boolq"]
-    random.Random(seed).shuffle(rows)
     found: list[Sample] = []
-    for row in rows:
+    for row in shuffled_questions(data, "train", random.Random(seed)):
         asked = QUESTION.format(question=row["question"].strip())
         before = decoder.context(f"{document_of(row['title'], row['passage'])}\n\n{asked}")
-        answer = decoder.tokens(f" {row['answers'][0].strip()}")
+        accepted = [a.strip() for a in row["answers"] if a.strip()]
+        answer = decoder.tokens(f" {accepted[0]}") if accepted else []
         if answer and 2 * window < len(before) <= decoder.window - len(answer):
             found.append(Sample((*before, *answer), len(before)))
         if len(found) == limit:
@@ -195,12 +189,16 @@ def kept(spec: MemorySpec, ranked: Sequence[Rise], keep: int | float) -> MemoryS
     Raises:
         SourceError: more heads than there are, or none.
     """
-    count = keep if isinstance(keep, int) else round(keep * len(ranked)) if 0 < keep < 1 else 0
-    if not 1 <= count <= len(ranked):
-        raise SourceError(f"found keep={keep!r}, expected 1 to {len(ranked)} heads, or a share of them below 1")
-    best = sorted(head for rise in ranked[:count] for head in rise.heads)
+    best = sorted(head for rise in ranked[: _count(keep, len(ranked))] for head in rise.heads)
     layers = tuple(dict.fromkeys(layer for layer, _ in best))
     return replace(spec, layers=layers, heads=tuple(tuple(head for at, head in best if at == layer) for layer in layers))
+
+
+def _count(keep: int | float, heads: int) -> int:
+    count = keep if isinstance(keep, int) else round(keep * heads) if 0 < keep < 1 else 0
+    if not 1 <= count <= heads:
+        raise SourceError(f"found keep={keep!r}, expected 1 to {heads} heads, or a share of them below 1")
+    return count
 
 
 def measure_masking(
@@ -212,11 +210,13 @@ def measure_masking(
     tell: Callable[[int, int], None] | None = None,
 ) -> list[Rise]:
     """Print the ranking and, where `out` says, write the `MemorySpec` that keeps the best heads (`memory_spec.json`)."""
+    _count(keep, decoder.geometry.num_layers * decoder.geometry.num_kv_heads)  # before hours of measuring
     ranked, everything = ranking(decoder, samples, window, tell)
     spec = kept(decoder.spec, ranked, keep)
     print(f"| tokens farther than {window} hidden from | samples | rise of the loss, nats [95 % interval] |\n|---|---|---|")
     for rise in (everything, *ranked):
         print(rise.row())
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(spec.to_json(), indent=1) + "\n", "utf-8")
     return ranked

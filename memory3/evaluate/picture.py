@@ -34,6 +34,18 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def check_picture(path: Path) -> None:
+    """Refuse what cannot be drawn into, before hours of measuring.
+
+    Raises:
+        Memory3Error: matplotlib is missing, or does not write files of this suffix.
+    """
+    pyplot = _pyplot()
+    known = sorted(pyplot.matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise Memory3Error(f"found a picture named {path.name}, expected one that ends in .{', .'.join(known)}")
+
+
 @torch.no_grad()
 def draw_reading(decoder: Decoder, question: str, completion: Completion, path: Path) -> None:
     """Draw, for the most cited reference of an answer, the tokens that each memory head kept and what it attended to.

@@ -114,7 +114,9 @@ def _of_one_kind(asked: list[Question]) -> list[Question]:
     """Among questions that are answered freely, those that happen to have "yes" or "no" for an answer are so too."""
     if all(q.choices for q in asked):
         return asked
-    return [replace(q, choices=(), right=0, answers=(YES_NO[q.right],)) if q.choices == YES_NO else q for q in asked]
+    return [
+        replace(q, choices=(), right=0, answers=q.answers or (YES_NO[q.right],)) if q.choices == YES_NO else q for q in asked
+    ]
 
 
 def _text(task: str, decoder: Decoder, settings: Settings, every: list[Arm], tell: Tell) -> list[Outcome]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
@@ -12,6 +12,7 @@ from typing import Any
 
 from memory3.answering import question_prompt
 from memory3.decoder import Decoder
+from memory3.evaluate.outcomes import Outcome
 from memory3.generation import Prompt, complete
 from memory3.recall import Recalled
 from memory3.retrieval import Hit
@@ -22,6 +23,8 @@ from memory3.splitting import split
 OTHERS = 4
 """Wrong references beside the gold one."""
 BATCH = 32
+NEW_TOKENS = 24
+"""Most tokens of an answer."""
 SLOTS = (8, 16, 32, 48, 64, None)
 
 
@@ -74,6 +77,10 @@ class Score:
         """The score of some of the questions."""
         return Score(name, tuple(compress(self.exacts, chosen)), tuple(compress(self.f1s, chosen)))
 
+    def outcome(self, references: float = 0.0) -> Outcome:
+        """As a row beside others; `references` is what a question reads."""
+        return Outcome(self.name, references, {"exact match": self.exacts, "f1": self.f1s})
+
     def row(self) -> str:
         """A row of a Markdown table, in percent."""
         cells = [
@@ -87,14 +94,8 @@ def dev_cases(decoder: Decoder, data: Path, limit: int, seed: int = 0, inside: b
     """Dev questions of `qa.parquet` (boolq apart) whose answer stands in a reference of at most `reference_length` tokens; with
     `inside` only those where that is not the first reference of its document.
     """
-    import pyarrow.parquet as pq
-
-    file = data / "qa.parquet"
-    if not file.is_file():
-        raise SourceError(f"found no {file}, expected the questions: give the folder that holds qa.parquet with --data")
-    rows = [r for r in pq.read_table(file).to_pylist() if r["split"] == "dev" and r["dataset"] != "boolq"]
     rng = random.Random(seed)
-    rng.shuffle(rows)
+    rows = shuffled_questions(data, "dev", rng)
     found: list[tuple[dict[str, Any], str, tuple[str, ...]]] = []
     for row in rows:
         pieces = to_gold(decoder, document_of(row["title"], row["passage"]), row["answers"])
@@ -109,6 +110,38 @@ def dev_cases(decoder: Decoder, data: Path, limit: int, seed: int = 0, inside: b
         innocent = [g for g in rng.sample(pool, min(len(pool), 40)) if g != gold and not any(a in g for a in answers)]
         cases.append(Case(row["dataset"], row["question"].strip(), answers, gold, tuple(innocent[:OTHERS]), before))
     return cases
+
+
+QUESTIONS = ("dataset", "split", "question", "answers", "title", "passage")
+"""Columns of `qa.parquet`."""
+
+
+def shuffled_questions(data: Path, split: str, rng: random.Random) -> list[dict[str, Any]]:
+    """Rows of a split of `qa.parquet`, boolq apart; errors as of `table_rows`."""
+    rows = table_rows(data / "qa.parquet", QUESTIONS)
+    rows = [row for row in rows if row["split"] == split and row["dataset"] != "boolq"]
+    rng.shuffle(rows)
+    return rows
+
+
+def table_rows(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """All rows of a Parquet file that has these columns.
+
+    Raises:
+        SourceError: it is not there, is damaged, or lacks a column.
+    """
+    import pyarrow.parquet as pq
+
+    if not file.is_file():
+        raise SourceError(f"found no {file}, expected the data: give the folder that holds {file.name} with --data")
+    try:
+        table = pq.read_table(file)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"found a damaged {file} ({str(error).splitlines()[0]}), expected a Parquet file") from None
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise SourceError(f"found no column {missing[0]} in {file}, expected {', '.join(columns)}")
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
 
 
 def document_of(title: str | None, text: str) -> str:
@@ -190,13 +223,17 @@ def score_of(
 
     Every chunk of a prompt reads all that is given. With `before` the memory of the gold reference saw these texts before it.
     `encode` makes memories of texts, by default as the decoder does.
+
+    Raises:
+        SourceError: no case, or with `as_text` a prompt and its answer that do not fit the model's window.
     """
     if not cases:
         raise SourceError("found no question that can be asked, expected some: give a larger --limit, or other data")
+    if given and as_text:
+        _check_window(decoder, cases, given)
     exact: list[float] = []
     overlap: list[float] = []
-    for start in range(0, len(cases), BATCH):
-        batch = cases[start : start + BATCH]
+    for batch in _batches(cases):
         texts = [list(given(c)) if given else [] for c in batch]
         prompts = [question_prompt(decoder, c.question, t if as_text else ()) for c, t in zip(batch, texts, strict=True)]
         recall: Any = None
@@ -204,16 +241,37 @@ def score_of(
             seen = {c.gold: decoder.encode_in_context([*before(c), c.gold])[-1] for c in batch} if before else {}
             written = encoded(encode or decoder.encode, (t for row in texts for t in row if t not in seen))
             recall = _Given(texts, seen | written, [_asking_chunks(decoder, p) for p in prompts])
-        for case, done in zip(batch, complete(decoder, prompts, recall=recall, max_new_tokens=24), strict=True):
+        for case, done in zip(batch, complete(decoder, prompts, recall=recall, max_new_tokens=NEW_TOKENS), strict=True):
             said = done.text.strip().split("\n")[0]
             exact.append(exact_match(said, case.answers))
             overlap.append(f1(said, case.answers))
         if tell:
-            tell(start + len(batch), len(cases))
+            tell(len(exact), len(cases))
     return Score(name, tuple(exact), tuple(overlap))
 
 
-def _mixed(case: Case) -> Sequence[str]:
+def _batches(cases: Sequence[Case]) -> Iterator[list[Case]]:
+    """In order, at most `BATCH` at a time and no question twice: `_Given` tells a long answer by its question alone."""
+    batch: dict[str, Case] = {}
+    for case in cases:
+        if len(batch) == BATCH or case.question.strip() in batch:
+            yield list(batch.values())
+            batch = {}
+        batch[case.question.strip()] = case
+    yield list(batch.values())
+
+
+def _check_window(decoder: Decoder, cases: Sequence[Case], given: Given) -> None:
+    """Refuse references that are too long for one prompt: beyond its positions a model cannot be compared with its memory."""
+    longest = max(len(question_prompt(decoder, c.question, list(given(c))).ids) for c in cases)
+    if longest + NEW_TOKENS > decoder.window:
+        raise SourceError(
+            f"found a prompt of {longest} tokens with its references as text, expected at most {decoder.window - NEW_TOKENS} before "
+            f"an answer of {NEW_TOKENS}: give fewer references, or a model with a longer window"
+        )
+
+
+def mixed(case: Case) -> Sequence[str]:
     """Gold among the others, at a place that the question decides."""
     return among(case.question, [case.gold], case.others)
 
@@ -236,7 +294,8 @@ def formats(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], 
     dense = decoder.using(replace(decoder.spec, tokens_per_head=None))
     layers = tuple(range(decoder.geometry.num_layers))
     everywhere = decoder.using(replace(decoder.spec, layers=layers, heads=None, tokens_per_head=None))
-    sparse = score_of(f"sparse memory, {decoder.spec.tokens_per_head} tokens per head", decoder, cases, _mixed, tell=tell)
+    _check_window(decoder, cases, mixed)  # before hours of the other formats
+    sparse = score_of(f"sparse memory, {decoder.spec.tokens_per_head} tokens per head", decoder, cases, mixed, tell=tell)
     parts = {name: [c.dataset == name for c in cases] for name in sorted({c.dataset for c in cases})}
     return [
         score_of("closed book", decoder, cases, None, tell=tell),
@@ -246,9 +305,9 @@ def formats(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int], 
         score_of("sparse memory, gold alone", decoder, cases, lambda c: [c.gold], tell=tell),
         score_of("wrong memory, one other alone", decoder, cases, lambda c: c.others[:1], tell=tell),
         score_of("dense memory, gold alone", dense, cases, lambda c: [c.gold], tell=tell),
-        score_of("dense memory, all tokens, memory layers", dense, cases, _mixed, tell=tell),
-        score_of("dense memory, all tokens, all layers", everywhere, cases, _mixed, tell=tell),
-        score_of("text in the prompt, gold and four others", decoder, cases, _mixed, as_text=True, tell=tell),
+        score_of("dense memory, all tokens, memory layers", dense, cases, mixed, tell=tell),
+        score_of("dense memory, all tokens, all layers", everywhere, cases, mixed, tell=tell),
+        score_of("text in the prompt, gold and four others", decoder, cases, mixed, as_text=True, tell=tell),
         score_of("text in the prompt, gold alone", decoder, cases, lambda c: [c.gold], as_text=True, tell=tell),
     ]
 
@@ -260,7 +319,7 @@ def curve(
     points = []
     for slots in SLOTS:
         view = decoder.using(replace(decoder.spec, tokens_per_head=slots))
-        points.append((slots, score_of(f"{slots or 'all'} tokens per head", view, cases, _mixed, tell=tell)))
+        points.append((slots, score_of(f"{slots or 'all'} tokens per head", view, cases, mixed, tell=tell)))
     return points
 
 
@@ -269,7 +328,7 @@ def selections(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int
     from memory3.selection import SELECTIONS
 
     return [
-        score_of(name, decoder.using(replace(decoder.spec, selection=name)), cases, _mixed, tell=tell) for name in SELECTIONS
+        score_of(name, decoder.using(replace(decoder.spec, selection=name)), cases, mixed, tell=tell) for name in SELECTIONS
     ]
 
 
@@ -286,7 +345,7 @@ def contexts(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int],
     alone: Given = lambda case: [case.gold]  # noqa: E731
     return [
         score_of(f"{name}, {what}", decoder, cases, given, before=before, tell=tell)
-        for what, given in (("gold alone", alone), ("gold among four others", _mixed))
+        for what, given in (("gold alone", alone), ("gold among four others", mixed))
         for name, before in ways.items()
     ]
 
@@ -294,22 +353,22 @@ def contexts(decoder: Decoder, cases: Sequence[Case], tell: Callable[[int, int],
 def measure(
     decoder: Decoder, data: Path, what: str, limit: int, out: Path | None, seed: int, tell: Callable[[int, int], None]
 ) -> list[Score]:
-    """Print a Markdown table of `reading`, `slots`, `selections` or `context`; draw the curve where `out` says."""
+    """Print a Markdown table of `reading`, `slots`, `selections` or `context`; then draw it where `out` says, `slots` as a curve."""
     tables = {"reading": formats, "selections": selections, "context": contexts}
     if what not in (*tables, "slots"):
         raise SourceError(f"found eval {what!r}, expected reading, slots, selections, context, heads, retrieval, fusion or ann")
     cases = short_cases(decoder, dev_cases(decoder, data, limit, seed, inside=what == "context"))
-    if what == "slots":
-        points = curve(decoder, cases, tell)
-        scores = [score for _, score in points]
-        if out is not None:
-            from memory3.evaluate.picture import draw_curve
-
-            spec, length = decoder.spec, decoder.spec.reference_length
-            draw_curve([(spec.pairs * (slots or length), score) for slots, score in points], out)
-    else:
-        scores = tables[what](decoder, cases, tell)
+    points = curve(decoder, cases, tell) if what == "slots" else []
+    scores = [score for _, score in points] or tables[what](decoder, cases, tell)
     print("| what | questions | exact match, % [95 % interval] | F1, % [95 % interval] |\n|---|---|---|---|")
     for score in scores:
         print(score.row())
+    if out is not None:
+        from memory3.evaluate.picture import draw_arms, draw_curve
+
+        spec, length = decoder.spec, decoder.spec.reference_length
+        if points:
+            draw_curve([(spec.pairs * (slots or length), score) for slots, score in points], out)
+        else:
+            draw_arms([score.outcome() for score in scores], f"{what} on {data.name}, {scores[0].count} dev questions", out)
     return scores

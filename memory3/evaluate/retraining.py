@@ -45,9 +45,11 @@ class Variant:
     place: float = 0.0
 
     def folder(self, seed: int) -> str:
-        """Name of its folder of checkpoints, another for everything that makes another model."""
-        layers, kept = "-".join(map(str, self.reader.layers)), self.reader.tokens_per_head
-        return f"layers-{layers}-tokens-{kept}-{self.selection}-steps-{self.reader.steps}-rate-{self.reader.rate:g}-seed-{seed}"
+        """Name of its folder of checkpoints, another for everything that makes another model but the data and what is made of
+        them for all: the recipe refuses a tokenizer or word vectors of something else."""
+        reader, layers = self.reader, "-".join(map(str, self.reader.layers))
+        made = f"layers-{layers}-tokens-{reader.tokens_per_head}-{self.selection}"
+        return f"{made}-steps-{reader.steps}-rate-{reader.rate:g}-{reader.optimizer}-seed-{seed}"
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,11 @@ def finished(
 
 
 def trained(variant: Variant, training: Training, ends: float | None = None) -> Decoder:
-    """The variant's reader, trained or resumed to its last step, under the spec of the finished model; errors as of `finished`."""
+    """The variant's reader, trained or resumed to its last step, under the spec of the finished model.
+
+    Raises:
+        TrainError: as of `finished`; or the folder holds the tokenizer or word vectors of other data.
+    """
     made, objective, settings, spec = variant.reader.run(training.data, training.folder, None, training.seed)
     learner = made.using(replace(made.spec, selection=variant.selection))
     settings = replace(settings, folder=training.folder / variant.folder(training.seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import time
@@ -13,7 +14,8 @@ from typing import Any
 from memory3.catalogue import FOLDER, Catalogue, Entry, Hit
 from memory3.decoder import Decoder
 from memory3.embedding import Embedder, VectorSpace
-from memory3.evaluate.reading import document_of
+from memory3.evaluate.reading import QUESTIONS, document_of, table_rows
+from memory3.identity import tokenizer_fingerprint
 from memory3.retrieval import RETRIEVERS, Retriever
 from memory3.scoring import interval
 from memory3.spec import Memory, Reference, SourceError, SpecError
@@ -25,6 +27,7 @@ DEPTH = 20
 TOGETHER = ("squad", "popqa", "simplequestions")
 """Datasets whose questions can be answered from one passage and name what they ask for."""
 COUNTED = "build.json"
+"""What tables were made from and how far they are: fingerprint of the texts, texts done, and CPU seconds of each part."""
 _MOST_HELD = 20_000
 _AT_ONCE = 1024
 _QUESTIONS_AT_ONCE = 64
@@ -92,17 +95,13 @@ def _with_interval(values: Sequence[float]) -> str:
 
 def documents_and_questions(data: Path, of: str = "dev") -> tuple[dict[str, str], list[Question]]:
     """All passages and the distinct passages of the questions, by name; and the questions of a split."""
-    import pyarrow.parquet as pq
-
-    for file in (data / "passages.parquet", data / "qa.parquet"):
-        if not file.is_file():
-            raise SourceError(f"found no {file}, expected the texts and questions: give their folder with --data")
+    asked = table_rows(data / "qa.parquet", (*QUESTIONS, "key"))
     documents: dict[str, str] = {}
-    for row in pq.read_table(data / "passages.parquet").to_pylist():
+    for row in table_rows(data / "passages.parquet", ("key", "title", "text")):
         documents[row["key"]] = document_of(row["title"], row["text"])
     named = {text: name for name, text in documents.items()}
     questions = []
-    for n, row in enumerate(pq.read_table(data / "qa.parquet").to_pylist()):
+    for n, row in enumerate(asked):
         text = document_of(row["title"], row["passage"])
         name = row["key"] if row["key"] in documents else named.get(text)
         if name is None:
@@ -116,24 +115,23 @@ def documents_and_questions(data: Path, of: str = "dev") -> tuple[dict[str, str]
 
 def built(
     documents: dict[str, str], tokenizer: Any, length: int, work: Path, embedder: Embedder, tell: Tell
-) -> tuple[Catalogue, dict[str, float]]:
-    """The texts as references in tables with vectors and a full-text index, and CPU seconds of each; goes on where it stopped."""
-    work.mkdir(parents=True, exist_ok=True)
-    note = work / COUNTED
-    spent: dict[str, float] = json.loads(note.read_text()) if note.exists() else {"dense": 0.0, "lexical": 0.0, "done": 0}
-    space = VectorSpace.of(embedder)
-    catalogue = Catalogue(work / FOLDER, create=not (work / FOLDER).exists(), space=space)
-    if not space.same_as(catalogue.space):
-        raise SpecError(
-            f"{work} has vectors of another embedder than {embedder.name}, expected a folder of its own: give --work"
-        )
+) -> tuple[Catalogue, dict[str, Any]]:
+    """The texts as references in tables with vectors and a full-text index, and CPU seconds of each; goes on where it stopped.
+
+    Raises:
+        SourceError: `work` has tables of other texts, or of references cut by another tokenizer or to another length.
+        SpecError: it has vectors of another embedder.
+    """
+    spent = _begun(work, fingerprint(documents, tokenizer, length))
+    catalogue = Catalogue(work / FOLDER, create=not (work / FOLDER).exists(), space=VectorSpace.of(embedder))
+    _check_space(catalogue, embedder, work)
     names = list(documents)
     for start in range(int(spent["done"]), len(names), _AT_ONCE):
         some = names[start : start + _AT_ONCE]
         references = list(references_of(documents, some, tokenizer, length))
         _add(catalogue, references, embedder, spent)
         spent["done"] = start + len(some)
-        note.write_text(json.dumps(spent))
+        _note(work, spent)
         tell(start + len(some), len(names))
     if not spent["lexical"]:
         began = time.process_time()
@@ -142,8 +140,75 @@ def built(
         began = time.process_time()
         catalogue.optimise()
         spent["dense"] += time.process_time() - began
-        note.write_text(json.dumps(spent))
+        _note(work, spent)
     return catalogue, spent
+
+
+def whole_tables(work: Path, embedder: Embedder, texts: str | None = None) -> Catalogue:
+    """The tables that `built` finished, for whoever measures on them.
+
+    Args:
+        work: their folder.
+        embedder: whose vectors they must have.
+        texts: `fingerprint` of what they must be made from; `None` takes any.
+
+    Raises:
+        SourceError: there are none, they are not finished, or they are of something else.
+        SpecError: they have vectors of another embedder.
+    """
+    if not (work / FOLDER).is_dir():
+        raise SourceError(f"found no tables in {work}, expected those of memory3 eval retrieval: run it first")
+    spent = _noted(work, texts)
+    if not spent["lexical"]:
+        raise SourceError(f"found tables in {work} that stop at text {spent['done']}: run memory3 eval retrieval again first")
+    catalogue = Catalogue(work / FOLDER)
+    _check_space(catalogue, embedder, work)
+    return catalogue
+
+
+def fingerprint(documents: dict[str, str], tokenizer: Any, length: int) -> str:
+    """Of texts and how they are cut into references: 32 hex digits."""
+    digest = hashlib.blake2b(f"{tokenizer_fingerprint(tokenizer)} {length}".encode(), digest_size=16)
+    for name, text in documents.items():
+        digest.update(json.dumps([name, text]).encode())
+    return digest.hexdigest()
+
+
+def _begun(work: Path, texts: str) -> dict[str, Any]:
+    """What was noted of tables of these texts, or the note of new ones."""
+    if not (work / FOLDER).exists():
+        work.mkdir(parents=True, exist_ok=True)
+        _note(work, {"texts": texts, "dense": 0.0, "lexical": 0.0, "done": 0})
+    return _noted(work, texts)
+
+
+def _noted(work: Path, texts: str | None) -> dict[str, Any]:
+    try:
+        spent = json.loads((work / COUNTED).read_text("utf-8"))
+        of, _, _ = spent["texts"], spent["lexical"], spent["done"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SourceError(
+            f"found tables in {work} without a note of what they were made from, expected it in {COUNTED}: give another --work"
+        ) from None
+    if texts not in (None, of):
+        raise SourceError(
+            f"found tables in {work} of other texts, another tokenizer or another reference length, expected those of this "
+            "--data and --model: give another --work"
+        )
+    return dict(spent)
+
+
+def _note(work: Path, spent: dict[str, Any]) -> None:
+    unfinished = (work / COUNTED).with_suffix(".new")
+    unfinished.write_text(json.dumps(spent), "utf-8")
+    unfinished.replace(work / COUNTED)
+
+
+def _check_space(catalogue: Catalogue, embedder: Embedder, work: Path) -> None:
+    if not VectorSpace.of(embedder).same_as(catalogue.space):
+        raise SpecError(
+            f"{work} has vectors of another embedder than {embedder.name}, expected a folder of its own: give --work"
+        )
 
 
 def references_of(documents: dict[str, str], names: Sequence[str], tokenizer: Any, length: int) -> Iterator[Reference]:
@@ -153,7 +218,7 @@ def references_of(documents: dict[str, str], names: Sequence[str], tokenizer: An
             yield Reference(piece.text, name, piece.start, piece.end)
 
 
-def _add(catalogue: Catalogue, references: Sequence[Reference], embedder: Embedder, spent: dict[str, float]) -> None:
+def _add(catalogue: Catalogue, references: Sequence[Reference], embedder: Embedder, spent: dict[str, Any]) -> None:
     known = catalogue.locate(reference.id for reference in references)
     new = list({r.id: r for r in references if r.id not in known}.values())
     new.sort(key=lambda reference: len(reference.text))

@@ -30,10 +30,15 @@ Tell = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Use:
-    """A prompt of one chunk with its `<s>`, and the tokens behind it whose loss counts."""
+    """A prompt of one chunk with its `<s>`, and the tokens behind it whose loss counts.
+
+    `whole` is what the overlap filter compares references with: prompt and answer, and of a text so much around them that a
+    reference of this very text is in it however it was cut.
+    """
 
     prompt: Prompt
     answer: tuple[int, ...]
+    whole: str
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,20 @@ def question_use(decoder: Decoder, question: str, answer: str) -> Use | None:
     """A question in the model's own prompt and its answer; `None` where the prompt is longer than a chunk."""
     prompt = question_prompt(decoder, question)
     ids = decoder.tokens(f" {answer.strip()}")[: decoder.spec.chunk_length]
-    return Use(prompt, tuple(ids)) if ids and len(prompt.ids) <= decoder.spec.chunk_length else None
+    whole = f"{question.strip()} {answer.strip()}"
+    return Use(prompt, tuple(ids), whole) if ids and len(prompt.ids) <= decoder.spec.chunk_length else None
 
 
 def text_uses(decoder: Decoder, text: str) -> list[Use]:
     """Each chunk of a text before the next one."""
     bos, size, ids = decoder.bos_ids, decoder.spec.chunk_length, decoder.tokens(text)
-    step = max(1, size - len(bos))
+    step, around = max(1, size - len(bos)), decoder.spec.reference_length
+    marks = (*[False] * len(bos), *[True] * step)
     return [
         Use(
-            Prompt((*bos, *ids[start : start + step]), (*[False] * len(bos), *[True] * step)), tuple(ids[start + step :][:size])
+            Prompt((*bos, *ids[start : start + step]), marks),
+            tuple(ids[start + step :][:size]),
+            str(decoder.tokenizer.decode(ids[max(0, start - around) : start + step + size + around], skip_special_tokens=True)),
         )
         for start in range(0, len(ids) - step, step)
     ]
@@ -154,7 +163,7 @@ def utilities(
 
 
 def _recalled(decoder: Decoder, recall: Recaller, uses: Iterable[Use], batch: int) -> Iterator[tuple[Use, Recalled]]:
-    """Each use with what its prompt brings; a prompt without words brings nothing. The overlap filter sees prompt and answer."""
+    """Each use with what its prompt brings; a prompt without words brings nothing."""
     waiting: list[Use] = []
     for use in uses:
         waiting.append(use)
@@ -167,8 +176,7 @@ def _recalled(decoder: Decoder, recall: Recaller, uses: Iterable[Use], batch: in
 def _searched(decoder: Decoder, recall: Recaller, uses: Sequence[Use]) -> Iterator[tuple[Use, Recalled]]:
     queries = [use.prompt.query(decoder, 0, len(use.prompt.ids)) for use in uses]
     asking = [(use, query) for use, query in zip(uses, queries, strict=True) if query]
-    texts = [query + str(decoder.tokenizer.decode(list(use.answer), skip_special_tokens=True)) for use, query in asking]
-    found = iter(recall([query for _, query in asking], texts) if asking else [])
+    found = iter(recall([query for _, query in asking], [use.whole for use, _ in asking]) if asking else [])
     return ((use, next(found) if query else Recalled("")) for use, query in zip(uses, queries, strict=True))
 
 
@@ -225,10 +233,15 @@ def measure_utility(
     for one in worth.ranked:
         print(one.row())
     if out is not None:
-        out.write_text(json.dumps(_document(worth), indent=1) + "\n", "utf-8")
+        _keep(out, json.dumps(_document(worth), indent=1) + "\n")
     if drop is not None:
-        drop.write_text("".join(f"{id}\n" for id in worth.below(least)), "ascii")
+        _keep(drop, "".join(f"{id}\n" for id in worth.below(least)))
     return worth
+
+
+def _keep(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, "utf-8")
 
 
 def _document(worth: Worth) -> dict[str, Any]:

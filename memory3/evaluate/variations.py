@@ -12,7 +12,7 @@ from memory3.evaluate.arms import CLOSED, SPARSE, WRONG, Arm
 from memory3.evaluate.given import Tell, holds, retrieved
 from memory3.evaluate.likelihood import Chunks, Passage, Row, asked_by_chunks, by_chunk, log_probabilities, passages
 from memory3.evaluate.outcomes import METRICS, Metric, Outcome, table
-from memory3.evaluate.reading import OTHERS, Case, Given, Score, among, score_of, selections
+from memory3.evaluate.reading import OTHERS, Case, Given, among, score_of, selections
 from memory3.reader import BankReader
 from memory3.recall import EVALUATION_OVERLAP
 from memory3.spec import SourceError
@@ -45,15 +45,10 @@ class Study:
     doubling: bool = True
 
 
-def outcome_of(score: Score, references: float) -> Outcome:
-    """A score of questions as a row beside others; `references` is what a question reads."""
-    return Outcome(score.name, references, {"exact match": score.exacts, "f1": score.f1s})
-
-
 def answered(name: str, decoder: Decoder, cases: Sequence[Case], given: Given | None, tell: Tell | None = None) -> Outcome:
     """Exact match and F1 of greedy answers to the cases, reading what `given` brings as memories."""
     score = score_of(name, decoder, cases, given, tell=tell)
-    return outcome_of(score, sum(len(given(c)) for c in cases) / len(cases) if given else 0.0)
+    return score.outcome(sum(len(given(c)) for c in cases) / len(cases) if given else 0.0)
 
 
 def gold_and(others: int) -> Given:
@@ -106,7 +101,7 @@ def selection_study(decoder: Decoder, cases: Sequence[Case], tell: Tell | None =
     """Every registered selection at the decoder's own tokens per head, gold among four others, and paired differences to its
     own selection; the control is the row `random`.
     """
-    rows = [outcome_of(score, 1.0 + OTHERS) for score in selections(decoder, cases, tell)]
+    rows = [score.outcome(1.0 + OTHERS) for score in selections(decoder, cases, tell)]
     return Study(rows, table(rows, [decoder.spec.selection]))
 
 
