@@ -21,7 +21,7 @@ MOST_LINES, FIRST, LAST = 12, 4, 5
 """Longer outputs show so many lines of their beginning and end."""
 WIDTH = 160
 CUT = "…"
-"""Stands for what is left out, of a line or of lines; alone, for an output that no run has put there yet."""
+"""Stands for what is left out, of a line or of lines."""
 
 
 def commands(page: str) -> list[tuple[str, list[str]]]:
