@@ -57,7 +57,7 @@ def kind(value: Any) -> str:
     for name, types in (("integer", int), ("number", float), ("string", str), ("array", list), ("object", dict)):
         if isinstance(value, types) and not isinstance(value, bool):
             return name
-    return repr(value) if isinstance(value, bool) else "null"
+    return "boolean" if isinstance(value, bool) else "null"
 
 
 def items(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -139,11 +139,25 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("bank compact", str(folder / "copy"), "--json")
         text, asked = folder / "text.txt", folder / "asked.jsonl"
         text.write_text(" ".join(FACTS) * 4)
-        asked.write_text("".join(json.dumps({"question": QUESTION, "answers": ["in 1889"]}) + "\n" for _ in range(2)))
+        row = {"question": QUESTION, "answers": ["in 1889"], "dataset": "a", "split": "dev"}
+        asked.write_text(f"{json.dumps(row)}\n" * 2)
         training = ["--data", str(text), "--length", "64", "--batch", "1", "--out", str(folder / "out"), *common]
         run("train", "warmup", "model", *training, "--steps", "2", "--minutes", "0")
         run("train", "warmup", "model", *training, "--steps", "2")
+        asking_again = ("--retriever", "lexical", "--count", "1", "--dataset", "a", "--split", "dev", "--limit", "1")
         run("eval qa", "--data", str(asked), "--bank", str(bank), *common)
+        run(
+            "eval qa",
+            "--data",
+            str(asked),
+            "--bank",
+            str(bank),
+            "--untrained",
+            "none",
+            "--no-overlap-filter",
+            *asking_again,
+            *common,
+        )
     with attach(tiny_model("llama"), tiny_tokenizer(), MemorySpec(tokens_per_head=None)) as decoder:
         opened = Bank(dense, decoder, create=True)
         write(decoder, [Reference(fact) for fact in FACTS], opened)

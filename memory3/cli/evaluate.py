@@ -248,7 +248,9 @@ def _arms(task: str, doc: str) -> Callable[..., None]:
                 None if untrained == "none" else untrained,
             )
             outcomes = measure_arms(task, decoder, settings, tell)
-        print(json.dumps({"task": task, "arms": document(outcomes)}) if as_json else report(task, settings, outcomes))
+            model = decoder.name
+        found = {"task": task, "model": model, "settings": settings.facts(), "arms": document(outcomes)}
+        print(json.dumps(found) if as_json else report(task, settings, outcomes))
         if out is not None:
             report(task, settings, outcomes, out)
 

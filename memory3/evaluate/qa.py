@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from memory3.decoder import Decoder
 from memory3.evaluate.arms import CLOSED, SPARSE, Arm, arms, quantising_codecs, side_by_side, untrained_of
@@ -51,6 +52,11 @@ class Settings:
     length: int = 512
     seed: int = 0
     untrained: str | None = "random"
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON values, for whoever has to repeat it: banks by their address, everything else as it was given."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("banks", "datasets")}
+        return plain | {"banks": [bank.address for bank in self.banks], "datasets": list(self.datasets)}
 
 
 def answered(
