@@ -110,7 +110,7 @@ def test_a_benchmark_refuses_what_it_cannot_follow(words: list[str], message: st
 def test_the_overlap_filter_is_on_until_it_is_switched_off(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("memory3.cli.evaluate.decoder_of", lambda *words: nullcontext())
+    monkeypatch.setattr("memory3.cli.evaluate.decoder_of", lambda *words: nullcontext(SimpleNamespace(name="toy")))
     monkeypatch.setattr("memory3.cli.evaluate.recall_of", reached)
     for more, expected in (([], EVALUATION_OVERLAP), (["--no-overlap-filter"], None)):
         with pytest.raises(Reached) as found:
@@ -165,7 +165,7 @@ def test_the_folder_of_an_ablation_is_made_before_it_begins(tmp_path: Path) -> N
 def test_a_table_is_printed_before_its_picture_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever goes wrong there, hours of measuring are not lost."""
     found = [Outcome("sparse memory", 5.0, {"accuracy": (1.0, 0.0)}), Outcome("closed book", 0.0, {"accuracy": (0.0, 0.0)})]
-    monkeypatch.setattr("memory3.cli.evaluate.decoder_of", lambda *words: nullcontext())
+    monkeypatch.setattr("memory3.cli.evaluate.decoder_of", lambda *words: nullcontext(SimpleNamespace(name="toy")))
     monkeypatch.setattr("memory3.evaluate.qa.measure_arms", lambda *words: found)
     monkeypatch.setattr("memory3.evaluate.picture.draw_arms", reached)
     done = CliRunner().invoke(app, ["eval", "qa", "--gold", "--data", "a.jsonl", "--out", "a.png"])
