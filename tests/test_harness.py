@@ -332,13 +332,16 @@ def test_tasks_of_every_kind_run_by_name_and_closed_book_scores_are_those_of_hf(
     assert perplexities[2] != pytest.approx(perplexities[0], rel=1e-3)
 
 
-def test_the_harness_command_line_knows_the_model(folder: Path, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", [("--model", NAME), ()])
+def test_the_harness_command_line_knows_the_model_and_takes_it_where_none_is_named(
+    folder: Path, offline: Path, monkeypatch: pytest.MonkeyPatch, model: tuple[str, ...]
+) -> None:
     monkeypatch.setattr("lm_eval.utils.setup_logging", lambda *_, **__: None)
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda *_, **__: None)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     before = sys.argv
     arguments = f"pretrained={folder / 'model'},bank={folder / 'bank'}"
-    words = ["--model", NAME, "--model_args", arguments, "--tasks=toy_choice", f"--include_path={offline}"]
+    words = [*model, "--model_args", arguments, "--tasks=toy_choice", f"--include_path={offline}"]
     done = CliRunner().invoke(app, ["eval", "harness", *words], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert sys.argv is before

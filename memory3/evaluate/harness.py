@@ -415,12 +415,14 @@ def _batch_size(value: Any) -> int:
 def run_harness(args: Sequence[str]) -> None:
     """The harness's own command line with `--model memory3` in its list; `args` are what follows `lm_eval`.
 
-    It reads them from `sys.argv`, which is as before afterwards, and ends wrong ones with `SystemExit`.
+    Tasks without a `--model` are run with ours. It reads them from `sys.argv`, which is as before afterwards, and ends wrong ones with `SystemExit`.
     """
     from lm_eval.__main__ import cli_evaluate
 
     before = sys.argv
-    sys.argv = ["lm_eval", *args]
+    names = [arg.partition("=")[0] for arg in args]
+    ours = ("--model", NAME) if {"--tasks", "-t"} & set(names) and not {"--model", "-M"} & set(names) else ()
+    sys.argv = ["lm_eval", *args, *ours]
     try:
         cli_evaluate()
     finally:
