@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from memory3.bank import Bank
+from memory3.codebook import CODEBOOK
 from memory3.manifest import MANIFEST
 from memory3.spec import BankError
 
@@ -24,7 +25,9 @@ LISTING = "checksums.json"
 MOST_LISTING_BYTES = 64 * 2**20
 _BLOCK = 2**20
 _LANCE = "data|_versions|_indices|_transactions|_deletions|_refs"
-_OURS = re.compile(rf"{re.escape(MANIFEST)}|shards/\d{{5}}\.kv|index\.lance/(memories|sources)\.lance/({_LANCE})/[\w.\-/]+")
+_OURS = re.compile(
+    rf"{re.escape(MANIFEST)}|{re.escape(CODEBOOK)}|shards/\d{{5}}\.kv|index\.lance/(memories|sources)\.lance/({_LANCE})/[\w.\-/]+"
+)
 OnProgress = Callable[[int, int | None], None]
 Listing = dict[str, tuple[int, str]]
 """Files of a bank: their sizes, and their BLAKE2b checksums of 32 bytes."""

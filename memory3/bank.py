@@ -13,13 +13,15 @@ from datetime import timedelta
 from pathlib import Path
 
 from memory3.catalogue import FOLDER, KEPT_VERSIONS, Catalogue, Entry, Span
-from memory3.codec import Codec, RawCodec
+from memory3.codebook import CODEBOOK
+from memory3.codec import RawCodec
 from memory3.documents import is_part
 from memory3.embedding import Embedder, VectorSpace
 from memory3.guard import LOCK, Guard, replaced_bank
 from memory3.journal import Deletion
 from memory3.manifest import MANIFEST, Manifest
 from memory3.reader import BankReader, MemoryWriter, version_name
+from memory3.record import Codec
 from memory3.shards import Shards
 from memory3.spec import BankError, BankMismatch, Memory, Reference
 
@@ -255,6 +257,7 @@ class Bank(BankReader):
             raise BankError(
                 f"no bank at {self.path}, and none can be made without a model: give the decoder that will write it"
             )
+        manifest = Manifest.new(decoder.identity(), codec or RawCodec.of(decoder.dtype), max_shard_bytes)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _OURS)
@@ -266,7 +269,7 @@ class Bank(BankReader):
         with self.exclusive():
             if not (self.path / MANIFEST).is_file():
                 Catalogue(self.path / FOLDER, create=True, space=space)
-                Manifest.new(decoder.identity(), codec or RawCodec.of(decoder.dtype), max_shard_bytes).save(self.path)
+                manifest.save(self.path)
 
     def _append(self, references: Sequence[Reference], memories: Sequence[Memory]) -> None:
         assert self.decoder is not None, "exclusive() has checked"
@@ -311,7 +314,7 @@ def _bytes_under(folder: Path) -> int:
     return sum(sizes)
 
 
-_OURS = {LOCK, FOLDER, SHARDS, f"{MANIFEST}.new"}
+_OURS = {LOCK, FOLDER, SHARDS, f"{MANIFEST}.new", CODEBOOK, f"{CODEBOOK}.new"}
 
 
 def _storable(reference: Reference) -> Reference:

@@ -8,11 +8,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from memory3.codec import Codec, RecordShape, codec_from
+from memory3.codec import codec_from
+from memory3.record import Codec, Fetch, RecordShape
 from memory3.shards import sync_folder
 from memory3.spec import BankError, BankMismatch, MemorySpec, SpecError
 
@@ -48,8 +50,11 @@ class Manifest:
 
     @classmethod
     def new(cls, identity: Mapping[str, Any], codec: Codec, max_shard_bytes: int) -> Manifest:
-        """The manifest of a bank that is made now."""
+        """The manifest of a bank that is made now; `BankMismatch` where the codec was trained for another model."""
         plain = _plain(identity)
+        misfit = codec.misfit(plain)
+        if misfit is not None:
+            raise BankMismatch(f"{misfit}: train one for it (memory3 bank codebook BANK FILE), or take another codec")
         shape = RecordShape.of(MemorySpec.from_json(plain["spec"]), plain["head_dim"])
         size = codec.record_bytes(shape.pairs, shape.slots, shape.head_dim)
         now = datetime.now(UTC).isoformat()  # to the microsecond: it tells banks apart
@@ -68,11 +73,11 @@ class Manifest:
             text = path.read_text("utf-8")
         except (OSError, ValueError) as error:
             raise BankError(f"{path} cannot be read ({error}): restore it from a copy, or write a new bank") from None
-        return cls.parse(text, folder)
+        return cls.parse(text, folder, partial(_file_of, folder))
 
     @classmethod
-    def parse(cls, text: str, folder: Path | str) -> Manifest:
-        """The manifest of a bank at `folder` from its text; errors as of `load`."""
+    def parse(cls, text: str, folder: Path | str, fetch: Fetch) -> Manifest:
+        """The manifest of a bank at `folder` from its text; `fetch` reads the other files. Errors as of `load`."""
         path = f"{folder}/{MANIFEST}"
         try:
             fields = json.loads(text)
@@ -84,15 +89,15 @@ class Manifest:
                 f"{folder} has format_version {version!r}, expected {FORMAT_VERSION}: write a new bank with this memory3"
             )
         try:
-            return cls._from_fields(fields)
+            return cls._from_fields(fields, fetch)
         except (KeyError, TypeError, ValueError, AttributeError, SpecError) as error:
             raise BankError(
                 f"{path} is ill-formed ({type(error).__name__}: {error}): restore it, or write a new bank"
             ) from None
 
     @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Manifest:
-        codec = codec_from(fields["codec"]["name"], fields["codec"]["parameters"])
+    def _from_fields(cls, fields: dict[str, Any], fetch: Fetch) -> Manifest:
+        codec = codec_from(fields["codec"]["name"], fields["codec"]["parameters"]).beside(fetch)
         identity = fields["identity"]
         shape = RecordShape.of(MemorySpec.from_json(identity["spec"]), _count(identity["head_dim"]))
         size = codec.record_bytes(shape.pairs, shape.slots, shape.head_dim)
@@ -108,7 +113,9 @@ class Manifest:
         )
 
     def save(self, folder: Path) -> None:
-        """Write `manifest.json` whole or not at all."""
+        """Write the codec's files, then `manifest.json`; each whole or not at all."""
+        for name, data in self.codec.files().items():
+            _write_whole(folder, name, data)
         fields = {
             "format": "memory3 bank",
             "format_version": FORMAT_VERSION,
@@ -120,13 +127,7 @@ class Manifest:
             "record_bytes": self.record_bytes,
             "records_per_shard": self.records_per_shard,
         }
-        temporary = folder / f"{MANIFEST}.new"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / MANIFEST)
-        sync_folder(folder)
+        _write_whole(folder, MANIFEST, (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode())
 
     def check(self, folder: Path | str, identity: Mapping[str, Any]) -> None:
         """Raise `BankMismatch` where memories of this bank mean nothing to the decoder of `identity`."""
@@ -154,6 +155,26 @@ class Manifest:
 
 
 _COMMAND = "memory3 bank rebuild BANK"
+
+
+def _write_whole(folder: Path, name: str, data: bytes) -> None:
+    temporary = folder / f"{name}.new"
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / name)
+    sync_folder(folder)
+
+
+def _file_of(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise BankError(
+            f"{folder / name} cannot be read ({error.strerror}), and the bank's memories with it: restore it from a copy, or encode the "
+            f"texts again: memory3 bank rebuild {folder} --codec raw"
+        ) from None
 
 
 def _difference(kind: str, name: str, bank: object, here: object) -> str:

@@ -160,8 +160,8 @@ class BankReader:
         """Ids of memories that saw the text before them (`memory3.context`)."""
         return self._catalogue.in_context()
 
-    def read(self, ids: Sequence[str]) -> list[Memory]:
-        """Memories `(P, K, D)` on the CPU, in the dtype of the decoder; each its own copy.
+    def read(self, ids: Sequence[str], device: torch.device | str = "cpu") -> list[Memory]:
+        """Memories `(P, K, D)` on a device, decoded there, in the dtype of the decoder; each its own copy.
 
         Raises:
             BankError: an id is unknown, or its record is damaged.
@@ -169,7 +169,11 @@ class BankReader:
         self._check()
         places = self._catalogue.locate(ids)
         self._refuse_unknown(id for id in ids if id not in places)
-        return [self._read(id, places[id]) for id in ids]
+        try:
+            memories = self._decoded([(id, places[id]) for id in ids], device)
+        except BankError:  # a record that moved, or that is damaged: which one?
+            memories = [self._read(id, places[id], device) for id in ids]
+        return [self._in_dtype(memory) for memory in memories]
 
     def search(self, query: str, k: int) -> list[Hit]:
         """The `k` memories whose text shares most with the words of the query (BM25); score descending, then id."""
@@ -251,22 +255,26 @@ class BankReader:
         """Tagged states and their versions. A tag is kept until a deletion: that drops all of them."""
         return {name: version_name(version) for name, version in self._catalogue.states.tags().items()}
 
-    def _read(self, id: str, place: Place) -> Memory:
+    def _read(self, id: str, place: Place, device: torch.device | str) -> Memory:
         """One memory; looked up again where a writer moved or erased the record since."""
         try:
-            memory = self._decoded(id, place)
+            [memory] = self._decoded([(id, place)], device)
         except BankError:
             now = self._catalogue.locate([id])
             self._refuse_unknown(() if id in now else (id,))
             if now[id] == place:
                 raise
-            memory = self._decoded(id, now[id])
+            [memory] = self._decoded([(id, now[id])], device)
+        return memory
+
+    def _in_dtype(self, memory: Memory) -> Memory:
         dtype = memory.keys.dtype if self.decoder is None else self.decoder.dtype
         return Memory(memory.keys.to(dtype), memory.values.to(dtype), memory.positions)
 
-    def _decoded(self, id: str, place: Place) -> Memory:
-        record = self._records.read(*place)
-        return self.manifest.codec.decode(record, self.manifest.shape, id, self._records.describe(place))
+    def _decoded(self, rows: Sequence[tuple[str, Place]], device: torch.device | str) -> list[Memory]:
+        records = [self._records.read(*place) for _, place in rows]
+        names = [self._records.describe(place) for _, place in rows]
+        return self.manifest.codec.decode_all(records, self.manifest.shape, [id for id, _ in rows], names, device)
 
     def _version_named(self, at: str) -> Version:
         """The versions that a tag or a name of a version stands for."""

@@ -11,9 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from memory3.bank import Bank
+from memory3.codec import RawCodec
 from memory3.context import in_order, stretches
 from memory3.guard import replaced_bank
 from memory3.reader import MemoryWriter
+from memory3.record import Codec
 from memory3.spec import BankError, Reference
 from memory3.splitting import split
 from memory3.writing import WriteReport, write
@@ -31,15 +33,22 @@ class Rebuilt:
 
 
 def rebuild(
-    path: Path, decoder: MemoryWriter, *, batch_size: int = 64, on_progress: Callable[[int, int | None], None] | None = None
+    path: Path,
+    decoder: MemoryWriter,
+    *,
+    codec: Codec | None = None,
+    batch_size: int = 64,
+    on_progress: Callable[[int, int | None], None] | None = None,
 ) -> Rebuilt:
     """Encode every text of a bank with another decoder, and put the new bank in the place of the old one.
 
     The new bank grows in a hidden folder beside; the old one is intact until that is complete, and then goes. After a kill,
     the same call goes on. Texts that are over-long for the new tokenizer are split; `renamed.jsonl` maps old ids to new. The
-    new bank has the raw codec in the dtype of the model, and vectors of the same embedder.
+    new bank has vectors of the same embedder, and `codec`, or without one the codec of the old bank; raw is in the dtype of the model
+    then, and a codec that was trained for another model is refused.
 
     Raises:
+        BankMismatch: a codec of another model.
         BankError: no bank, a bank that another process writes, an embedder that cannot be loaded (`memory3 bank embed BANK
             --embedder none` lets the vectors go), or a full disk.
     """
@@ -51,7 +60,8 @@ def rebuild(
     with bank.exclusive():
         names: dict[str, list[str]] = {}
         embedder = None if bank.space is None else bank.embedder
-        with Bank(fresh, decoder, create=True, embedder=None if fresh.exists() else embedder) as target:
+        chosen = codec or _codec_again(bank, decoder)
+        with Bank(fresh, decoder, create=True, codec=chosen, embedder=None if fresh.exists() else embedder) as target:
             target.embed(embedder)  # where an interrupted rebuild began with other vectors
             report = write(decoder, _again(bank, decoder, names), target, batch_size=batch_size, on_progress=on_progress)
             contextual = _again_in_context(bank, decoder, names)
@@ -70,6 +80,12 @@ def rebuild(
         os.replace(fresh, path)
     shutil.rmtree(old, ignore_errors=True)
     return Rebuilt(report, sum(len(now) > 1 for now in names.values()))
+
+
+def _codec_again(bank: Bank, decoder: MemoryWriter) -> Codec:
+    """The codec of a bank, for this model."""
+    there = bank.manifest.codec
+    return RawCodec.of(decoder.dtype) if isinstance(there, RawCodec) else there
 
 
 def _forget_what_went(bank: Bank, target: Bank, names: dict[str, list[str]]) -> None:

@@ -7,8 +7,11 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from memory3.bank import SHARDS, Bank
 from memory3.catalogue import FOLDER, Catalogue
@@ -286,14 +289,15 @@ class RemoteBank(BankReader):
     ) -> None:
         address = address.rstrip("/")
         self._store = store_of(address)
-        manifest = Manifest.parse(fetched(self._store, address, MANIFEST).decode("utf-8", "replace"), address)
+        fetch = partial(fetched, self._store, address)
+        manifest = Manifest.parse(fetch(MANIFEST).decode("utf-8", "replace"), address, fetch)
         home = Path(os.environ.get("MEMORY3_CACHE", Path.home() / ".cache" / "memory3"))
         cache = RecordCache(cache_folder or home / "records", cache_bytes)
         self.records = RemoteRecords(address, self._store, manifest.record_bytes, cache)
         super().__init__(address, decoder, manifest, Catalogue(f"{address}/{FOLDER}"), self.records, embedder, at)
         self._seen = self.version
 
-    def read(self, ids: Sequence[str]) -> list[Memory]:
+    def read(self, ids: Sequence[str], device: torch.device | str = "cpu") -> list[Memory]:
         """Memories `(P, K, D)`, as `BankReader.read`; what is not in the cache comes in few requests.
 
         After a push, records of changed shards leave the cache first.
@@ -304,7 +308,7 @@ class RemoteBank(BankReader):
             self._seen = version
         with suppress(BankError):  # a push in between: each record is looked up again below
             self.records.fetch(self._catalogue.locate(ids).values())
-        return super().read(ids)
+        return super().read(ids, device)
 
     def total_bytes(self) -> int:
         """Bytes of all objects under the address."""
@@ -315,10 +319,12 @@ class RemoteBank(BankReader):
         except Exception as error:
             raise unreachable(self.address, error) from None
 
-    def _decoded(self, id: str, place: Place) -> Memory:
-        """Once more from the store where the cache or a listing was out of date."""
+    def _decoded(self, rows: Sequence[tuple[str, Place]], device: torch.device | str) -> list[Memory]:
+        """One that failed once more from the store: the cache or a listing may be out of date."""
         try:
-            return super()._decoded(id, place)
+            return super()._decoded(rows, device)
         except BankError:
-            self.records.forget(place)
-            return super()._decoded(id, place)
+            if len(rows) > 1:
+                raise
+            self.records.forget(rows[0][1])
+            return super()._decoded(rows, device)

@@ -13,8 +13,8 @@ from typing import Any
 
 from memory3.bank import SHARDS, Bank
 from memory3.catalogue import FOLDER
-from memory3.codec import ID_OFFSET
 from memory3.journal import JOURNAL
+from memory3.record import ID_OFFSET
 from memory3.spec import BankError, Reference
 
 TABLES = ("memories", "sources")
@@ -52,9 +52,15 @@ def verify(bank: Bank, on_progress: Callable[[int, int | None], None] | None = N
 
 def _verified(bank: Bank, on_progress: Callable[[int, int | None], None] | None) -> Verdict:
     found, ids = Verdict(), bank.ids()
+    looks: list[Look] = [bank.references, bank.read]
+    try:
+        bank.manifest.codec.files()
+    except BankError as error:  # then no memory can be decoded: one problem, not one for each
+        found.problems.append(str(error))
+        looks = [bank.references]
     for start in range(0, len(ids), _AT_ONCE):
         some = ids[start : start + _AT_ONCE]
-        found.problems += _problems_of(bank, some)
+        found.problems += _problems_of(looks, some)
         found.memories += len(some)
         if on_progress:
             on_progress(found.memories, len(ids))
@@ -75,9 +81,12 @@ def _verified(bank: Bank, on_progress: Callable[[int, int | None], None] | None)
     return found
 
 
-def _problems_of(bank: Bank, ids: Sequence[str]) -> Iterator[str]:
+Look = Callable[[Sequence[str]], object]
+
+
+def _problems_of(looks: Sequence[Look], ids: Sequence[str]) -> Iterator[str]:
     """Of some memories: their texts' ids, and their records; one by one only where something is wrong."""
-    for look in (bank.references, bank.read):
+    for look in looks:
         try:
             look(ids)
         except BankError:

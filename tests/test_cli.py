@@ -70,6 +70,39 @@ def test_an_expected_error_is_one_sentence_on_stderr_and_exit_code_1(tmp_path: P
     assert done.stderr.count("\n") == 1
 
 
+def test_a_bank_remembers_its_codec(tmp_path: Path, bank: Path, model: Path) -> None:
+    made = ("write", tmp_path / "notes/0.txt", "--bank", tmp_path / "small", "--model", model, "--embedder", "none")
+    [report] = documents(*made, "--codec", "rotated:key_bits=3,value_bits=2")
+    [raw] = documents("bank", "stats", bank)
+    assert report["references"] == 1 and report["bytes_per_reference"] < raw["bytes_per_reference"] / 4
+    [again] = documents("write", tmp_path / "notes/1.txt", *made[2:])
+    assert (again["references"], again["bytes_per_reference"]) == (1, report["bytes_per_reference"])
+    assert documents("bank", "stats", tmp_path / "small")[0]["codec"] == "rotated"
+    assert documents("bank", "verify", tmp_path / "small")[0]["problems"] == []
+    [answer] = documents("ask", "When was the tower completed?", "--bank", tmp_path / "small", "--model", model)
+    assert answer["memory"]["bytes_read"] == answer["memory"]["references"] * report["bytes_per_reference"] > 0
+    message = refused("write", tmp_path / "notes/2.txt", *made[2:], "--codec", "int8")
+    assert "has codec rotated" in message and "expected int8" in message
+    assert "expected one of" in refused(
+        "write", tmp_path / "notes/0.txt", "--bank", tmp_path / "new", *made[4:], "--codec", "zip"
+    )
+    assert not (tmp_path / "new").exists()
+    documents("bank", "rebuild", tmp_path / "small", "--model", model)
+    assert documents("bank", "stats", tmp_path / "small")[0]["codec"] == "rotated"
+    documents("bank", "rebuild", tmp_path / "small", "--model", model, "--codec", "int8")
+    assert documents("bank", "stats", tmp_path / "small")[0]["codec"] == "int8"
+
+
+def test_a_codebook_wants_enough_memories_and_its_codec_wants_a_codebook(tmp_path: Path, bank: Path, model: Path) -> None:
+    assert "expected at least" in refused("bank", "codebook", bank, tmp_path / "book")
+    assert not (tmp_path / "book").exists()
+    notes = ("write", tmp_path / "notes", "--bank", tmp_path / "new", "--model", model, "--embedder", "none")
+    assert "memory3 bank codebook" in refused(*notes, "--codec", "product")
+    assert "is no codebook" in refused(*notes, "--codec", "product", "--codebook", tmp_path / "notes/0.txt")
+    assert "expected --codec product" in refused(*notes, "--codebook", tmp_path / "notes/0.txt")
+    assert not (tmp_path / "new").exists()
+
+
 def test_questions_of_a_file_are_answered_in_order_whatever_the_batch(tmp_path: Path, bank: Path, model: Path) -> None:
     file = tmp_path / "questions.txt"
     file.write_text('When was the tower completed?\n{"question": "At what does salt melt?"}\nWhat are crows?\n')

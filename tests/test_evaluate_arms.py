@@ -13,7 +13,7 @@ from families import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from memory3.bank import Bank
-from memory3.codec import CODECS, Codec, RawCodec, RecordShape
+from memory3.codec import CODECS, RawCodec
 from memory3.decoder import Decoder, attach
 from memory3.evaluate.arms import CLOSED, SPARSE, TEXT, WRONG, Arm, arms, quantising_codecs, side_by_side, untrained_of
 from memory3.evaluate.asking import Question
@@ -21,6 +21,7 @@ from memory3.evaluate.given import Brought, gold_among_others, holds, retrieved,
 from memory3.evaluate.likelihood import Row, log_probabilities
 from memory3.evaluate.outcomes import Outcome, document, table
 from memory3.evaluate.picture import draw_arms
+from memory3.record import Codec, RecordShape
 from memory3.spec import MemorySpec, Reference, SourceError
 from memory3.writing import write
 
@@ -48,12 +49,14 @@ class Bytes(Codec):
         scale = both.abs().max() / 127
         return scale.reshape(1).numpy().tobytes() + (both / scale).round().to(torch.int8).numpy().tobytes()
 
-    def unpack(self, record: bytearray, offset: int, shape: RecordShape) -> tuple[Tensor, Tensor]:
-        scale = torch.frombuffer(record, dtype=torch.float32, count=1, offset=offset)
-        size = (2, shape.pairs, shape.slots, shape.head_dim)
-        flat = torch.frombuffer(record, dtype=torch.int8, count=self.payload_bytes(shape) - 4, offset=offset + 4)
-        keys, values = flat.view(size).float() * scale
+    def unpack(self, payloads: Tensor, shape: RecordShape) -> tuple[Tensor, Tensor]:
+        scale = payloads[:, :4].contiguous().view(torch.float32)[:, :, None, None, None]
+        numbers = payloads[:, 4:].view(torch.int8).reshape(-1, 2, shape.pairs, shape.slots, shape.head_dim)
+        keys, values = (numbers.float() * scale).unbind(1)
         return keys, values
+
+    def relative_error(self, head_dim: int) -> float:
+        return 1.0
 
     def accepts(self, dtype: torch.dtype) -> bool:
         return dtype == torch.float32
@@ -74,11 +77,13 @@ class Trained(Bytes):
 def test_a_registered_quantising_codec_is_a_row_by_itself_and_one_that_must_be_trained_is_not(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert quantising_codecs(decoder) == []
+    there = [codec.name for codec in quantising_codecs(decoder)]
+    assert there == ["int8", "int4", "rotated"]
     monkeypatch.setitem(CODECS, "toy", Bytes)
     monkeypatch.setitem(CODECS, "trained", Trained)
     rows = arms(decoder, codecs=quantising_codecs(decoder))
-    assert [a.name for a in rows] == [CLOSED, TEXT, "dense memory, all layers", SPARSE, f"{SPARSE}, codec toy", WRONG]
+    named = [f"{SPARSE}, codec {name}" for name in (*there, "toy")]
+    assert [a.name for a in rows] == [CLOSED, TEXT, "dense memory, all layers", SPARSE, *named, WRONG]
 
 
 def test_the_codec_arm_reads_what_the_record_holds(decoder: Decoder) -> None:

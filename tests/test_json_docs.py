@@ -34,6 +34,7 @@ COMMANDS = (
     "bank delete",
     "bank verify",
     "bank rebuild",
+    "bank codebook",
     "bank embed",
     "bank versions",
     "bank tag",
@@ -130,6 +131,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
             run("bank pull", address, str(folder / "pulled"), "--json")
         run("bank export", str(bank), str(folder / "bank.tar"), "--json")
         run("bank import", str(folder / "bank.tar"), str(folder / "copy"), "--json")
+        run("write", str(notes), "--bank", str(folder / "long"), "--tokens-per-head", "32", *common, code=INCOMPLETE)
+        few = ["--keys", "OPQ2_16,PQ2x1", "--values", "OPQ2_16,PQ2x1"]
+        run("bank codebook", str(folder / "long"), str(folder / "codebook"), *few, "--json")
         run("bank verify", str(bank), "--json")
         run("bank rebuild", str(folder / "copy"), *common)
         shard = folder / "copy" / "shards" / "00000.kv"

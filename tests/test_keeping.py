@@ -146,9 +146,9 @@ def test_a_reader_between_lookup_and_read_gets_the_moved_record_or_is_told_that_
     old = reader.places()
     bank.delete([one.id])
     bank.compact()
-    assert same(reader._read(two.id, old[two.id]), FakeDecoder().encode(["two"])[0])
+    assert same(reader._read(two.id, old[two.id], "cpu"), FakeDecoder().encode(["two"])[0])
     with pytest.raises(BankError, match=f"has no memory {one.id}"):
-        reader._read(one.id, old[one.id])
+        reader._read(one.id, old[one.id], "cpu")
 
 
 def test_what_is_deleted_leaves_a_running_readers_ram_at_its_next_recall(tmp_path: Path) -> None:

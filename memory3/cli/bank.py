@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memory3.cli.common import Device, Dtype, Embedder, Json, Model, TokensPerHead, decoder_of, progress
+from memory3.cli.common import (
+    CodebookFile,
+    CodecName,
+    Device,
+    Dtype,
+    Embedder,
+    Json,
+    Model,
+    TokensPerHead,
+    codec_of,
+    decoder_of,
+    progress,
+)
 
 if TYPE_CHECKING:
     from memory3.bank import Bank
@@ -269,6 +281,8 @@ def rebuild(
     model: Model = None,
     batch_size: Annotated[int, typer.Option(min=1, help="References of one forward pass.")] = 64,
     tokens_per_head: TokensPerHead = None,
+    codec: CodecName = None,
+    codebook: CodebookFile = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -279,7 +293,8 @@ def rebuild(
     from memory3.rebuilding import rebuild as rebuild_bank
 
     with decoder_of(model, tokens_per_head, device, dtype) as decoder, progress("rebuilding") as tell:
-        done = rebuild_bank(Path(bank), decoder, batch_size=batch_size, on_progress=tell)
+        chosen = codec_of(codec, codebook, decoder, model)
+        done = rebuild_bank(Path(bank), decoder, codec=chosen, batch_size=batch_size, on_progress=tell)
     report = done.report
     if as_json:
         print(json.dumps({**asdict(report), "split": done.split}))
@@ -287,3 +302,35 @@ def rebuild(
         print(
             f"{report.references} references encoded again, {done.split} texts split, {report.bytes_per_reference:,} bytes each"
         )
+
+
+@bank_app.command()
+def codebook(
+    bank: Address,
+    file: Annotated[
+        Path, typer.Argument(help="The codebook to make; codebook.safetensors in a model's folder is found by itself.")
+    ],
+    keys: Annotated[
+        str | None, typer.Option(help="Quantiser of keys, as FAISS spells it: OPQ20_80,Residual2x14,PQ8x10.")
+    ] = None,
+    values: Annotated[str | None, typer.Option(help="Quantiser of values; both by default the paper's, scaled.")] = None,
+    references: Annotated[int | None, typer.Option(min=1, help="How many memories are drawn.")] = None,
+    centred: Annotated[bool, typer.Option(help="Shift and scale the vectors of each head first.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train the codebook of `write --codec product` on the memories of a bank that was written without --codec."""
+    from memory3.codebook import digest_of
+    from memory3.fitting import fit_codebook, save_codebook
+    from memory3.remote import open_bank
+
+    with open_bank(bank) as opened:
+        book = fit_codebook(opened, keys=keys, values=values, references=references, centred=centred, seed=seed)
+    size = save_codebook(book, file)
+    made = {**book.about, "keys": str(book.keys.recipe), "values": str(book.values.recipe), "bytes": size}
+    made["codebook"] = digest_of(file.read_bytes())
+    if as_json:
+        print(json.dumps(made))
+        return
+    print(f"{size:,} bytes in {file}: keys {made['keys']}, values {made['values']}")
+    print(f"relative error of memories held out: {book.error:.3f}, trained on {made['vectors']:,} keys and as many values")

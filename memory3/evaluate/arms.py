@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memory3.attention import registered_name
-from memory3.codec import CODECS, Codec, RecordShape
+from memory3.codec import CODECS
 from memory3.decoder import Decoder, attach
 from memory3.evaluate.given import Brought, Tell
 from memory3.evaluate.outcomes import Outcome
@@ -20,6 +20,7 @@ from memory3.evaluate.reading import encoded
 from memory3.identity import tokenizer_fingerprint
 from memory3.loading import load
 from memory3.reader import BankReader
+from memory3.record import Codec, RecordShape
 from memory3.spec import Memory, Reference, SourceError
 
 CLOSED, TEXT, SPARSE, WRONG = "closed book", "text in the prompt", "sparse memory", "sparse memory, wrong references"
