@@ -258,7 +258,8 @@ def test_each_benchmark_runs_in_every_arm(
     lines = report(task, settings, outcomes, tmp_path / "arms.png").splitlines()
     assert lines[0].startswith(f"| arm | n | references | {heading} |")
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [
-        CLOSED, TEXT, "dense memory, all layers", SPARSE, f"{SPARSE}, wrong references", f"{SPARSE}, untrained (random weights)"
+        CLOSED, TEXT, "dense memory, all layers", SPARSE, *(f"{SPARSE}, codec {name}" for name in ("int8", "int4", "rotated")),
+        f"{SPARSE}, wrong references", f"{SPARSE}, untrained (random weights)"
     ]  # fmt: skip
     assert steps[-1][0] == steps[-1][1]
     assert (tmp_path / "arms.png").is_file()
