@@ -18,9 +18,8 @@ from golden_losses import check_losses
 
 from memory3.answering import QUESTION
 from memory3.decoder import Decoder, attach
-from memory3.documents import Document
 from memory3.loading import load
-from memory3.spec import MemorySpec, SourceError
+from memory3.spec import MemorySpec
 from memory3.train.convert import (
     Conversion,
     Lora,
@@ -37,7 +36,7 @@ from memory3.train.convert import (
 from memory3.train.initialise import induction_prior
 from memory3.train.loop import Schedule, Settings, TrainError, run
 from memory3.train.stages import save_model
-from memory3.train.teaching import Batch, Lesson, Lessons, Mixture, asked, lessons, merged, parted
+from memory3.train.teaching import Batch, Lesson, Lessons, Mixture
 from memory3.train.thinning import halvings, thinned
 
 CLOSE = 1e-4
@@ -187,60 +186,6 @@ def test_contexts_continue_complete_or_ask(kind: str) -> None:
                 question, answer = lesson.questions[0]
                 assert before == QUESTION.format(question=question)
                 assert target == (f" {answer}</s>" if answer else "")
-
-
-def test_documents_become_references_that_the_next_one_continues() -> None:
-    with tiny(replace(SPARSE, reference_length=40)) as decoder:
-        text = "One sentence stands here alone. Another sentence comes behind it. A third one ends the text."
-        told: list[int] = []
-        made = lessons(
-            decoder, [Document("a", text), Document("b", "Short."), Document("c", text)], lambda n, _: told.append(n)
-        )
-    assert told == [1, 2, 3]
-    assert [lesson.after for lesson in made] == [*(lesson.reference for lesson in made[1:3]), "", ""]
-    assert " ".join(lesson.reference for lesson in made[:3]) == text
-    assert made[3].reference == "Short."
-
-
-def test_questions_take_the_piece_that_answers_and_are_left_out_where_nobody_knows() -> None:
-    with tiny(replace(SPARSE, reference_length=40)) as decoder:
-        long = "One sentence stands here alone. Another sentence comes behind it. A third one ends the text."
-        rows: list[dict[str, Any]] = [
-            {"question": "What ends it?", "passage": long, "answers": ["nothing", "third one"]},
-            {"question": "What comes last?", "passage": long, "answer": "third one"},
-            {"question": "What is it?", "passage": long},
-            {"question": "Is it in there?", "passage": long, "answers": ["no such words"]},
-            {"question": "How long is it?", "text": "Quite short."},
-        ]
-        made = asked(decoder, ((f"rows:{n}", row) for n, row in enumerate(rows)))
-        assert [(lesson.reference, lesson.questions) for lesson in made] == [
-            ("A third one ends the text.", (("What ends it?", "third one"), ("What comes last?", "third one"))),
-            ("Quite short.", (("How long is it?", ""),)),
-        ]
-        with pytest.raises(SourceError, match=r"found the fields 'query' at rows:0, expected texts under 'question'"):
-            asked(decoder, [("rows:0", {"query": "what?"})])
-
-
-def test_no_reference_is_its_own_distractor_and_held_lessons_are_not_learned() -> None:
-    joined = merged([*POOL, Lesson(POOL[3].reference, "More.", (("Why?", ""),)), POOL[0]])
-    assert [lesson.reference for lesson in joined] == [lesson.reference for lesson in POOL]
-    assert (joined[3].after, joined[3].questions) == ("More.", (("Why?", ""),))
-    learned, held = parted(POOL, 1, seed=3)
-    assert sorted(learned + held, key=POOL.index) == POOL
-    assert len(held) == 1
-
-
-@pytest.mark.parametrize("documents", [1, 40])
-def test_nothing_that_held_lessons_are_measured_on_is_learned_as_a_continuation_or_a_reference(documents: int) -> None:
-    """Of many documents whole ones are held; a single one is cut in two."""
-    with tiny(replace(SPARSE, reference_length=40)) as decoder:
-        texts = [" ".join(f"Line {n} {k} tells of {n * 31 + k}." for k in range(40 // documents + 9)) for n in range(documents)]
-        found = lessons(decoder, [Document(f"d{n}", text) for n, text in enumerate(texts)])
-        learned, held = parted(found, len(found) // 10)
-    assert len(held) == len(found) // 10 and len(learned) + len(held) == len(found)
-    known = [{text for one in side for text in (one.reference, one.after) if text} for side in (learned, held)]
-    assert not known[0] & known[1]
-    assert sum(bool(one.after) for one in held) >= len(held) // 2
 
 
 def test_tokens_are_thinned_by_step_and_the_last_row_stays() -> None:
