@@ -20,7 +20,7 @@ from memory3.cli import app
 from memory3.decoder import attach
 from memory3.loading import load
 from memory3.spec import MemorySpec
-from memory3.train import corpus as corpora
+from memory3.train import kept
 from memory3.train.inputs import Inputs
 from memory3.train.loop import run
 from memory3.train.recipe import Reader
@@ -140,7 +140,7 @@ def test_the_reader_in_small_is_trained_on_tables_of_ones_own_and_goes_on(tmp_pa
     den(tmp_path / "other", TEXT[:500])
     with pytest.raises(TrainError, match="found a tokenizer made of other data"):
         recipe_of("reader", "small")(Inputs((str(tmp_path / "other"),), tmp_path / "out"))
-    (tmp_path / "out" / "tokenizer" / corpora.MADE_OF).unlink()
+    (tmp_path / "out" / "tokenizer" / kept.MADE_OF).unlink()
     with pytest.raises(TrainError, match="found word vectors made of other data"):
         recipe_of("reader", "small")(Inputs((str(tmp_path / "other"),), tmp_path / "out"))
 
@@ -280,7 +280,7 @@ def test_a_tokenizer_is_there_whole_or_not_at_all_and_belongs_to_its_data(
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(corpora, "trained_tokenizer", lambda texts, vocabulary: Dying())
+        patched.setattr(kept, "trained_tokenizer", lambda texts, vocabulary: Dying())
         with pytest.raises(Killed):
             recipe_of("warmup", "small")(inputs)
     assert recipe_of("warmup", "small")(inputs).decoder.tokens("The red fox")
@@ -288,7 +288,7 @@ def test_a_tokenizer_is_there_whole_or_not_at_all_and_belongs_to_its_data(
     with pytest.raises(TrainError, match="found a tokenizer made of other data"):
         recipe_of("warmup", "small")(inputs)
     (tmp_path / "out" / "tokenizer" / "tokenizer.json").write_text('{"half')
-    (tmp_path / "out" / "tokenizer" / corpora.MADE_OF).unlink()
+    (tmp_path / "out" / "tokenizer" / kept.MADE_OF).unlink()
     with pytest.raises(TrainError, match="found a damaged tokenizer"):
         recipe_of("warmup", "small")(inputs)
 

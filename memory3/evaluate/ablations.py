@@ -44,7 +44,6 @@ class Inputs:
         steps: optimizer steps of each variant. With it `tokens` and `selection` train a reader for each setting, instead of
             taking one finished model through all of them.
         tokens_per_head: of the trained readers' halves in `layers`, and of each in `selection`.
-        begins: `warmup`: steps at which memory begins.
         size: `warmup`: depth of the model, by default the plan's.
         minutes: most wall time of the trainings of this call.
         seed: of weights, order and questions.
@@ -59,7 +58,6 @@ class Inputs:
     limit: int | None = None
     steps: int | None = None
     tokens_per_head: int | None = None
-    begins: tuple[int, ...] = ()
     size: int | None = None
     minutes: float | None = None
     seed: int = 0
@@ -112,7 +110,6 @@ def warmup(load: Load, inputs: Inputs) -> Study:
     """Is a warmup without memory needed? (the paper's Figure 11): the gain from retrieved references on held-out text, when memory
     begins half-way or at the first step of equally many tokens."""
     plan = Plan(
-        begins=inputs.begins,
         depth=inputs.size or Plan.depth,
         seed=inputs.seed,
         steps=inputs.steps or Plan.steps,
@@ -185,7 +182,7 @@ ABLATIONS: dict[str, Ablation] = {
 ASKED = ("limit", "model", "device", "dtype")
 TRAINED = ("limit", "steps", "minutes")
 HONOURED = {
-    "warmup": (*TRAINED, "begins", "size", "text_field"),
+    "warmup": (*TRAINED, "size", "text_field"),
     "layers": (*TRAINED, "tokens_per_head"),
     "tokens": ASKED,
     "tokens with --steps": TRAINED,

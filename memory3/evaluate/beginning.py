@@ -25,7 +25,8 @@ from memory3.evaluate.variations import Study
 from memory3.reader import BankReader
 from memory3.spec import MemorySpec, Reference, SourceError
 from memory3.splitting import split
-from memory3.train.corpus import Corpus, data_key, kept_tokenizer, tokenised
+from memory3.train.corpus import Corpus, data_key, tokenised
+from memory3.train.kept import kept_tokenizer
 from memory3.train.recalled import read_texts
 from memory3.train.retrieved import Asking, ChunkReferences
 from memory3.train.sequences import Continual, Retrieved, Warmup, shared

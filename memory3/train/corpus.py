@@ -6,7 +6,6 @@ what it was made). It is made whole or not at all.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,8 +23,8 @@ from memory3.documents import KINDS, Document, OnUnreadable, documents
 from memory3.identity import tokenizer_fingerprint
 from memory3.rows import HUB, datasets_for, hub_name, rows
 from memory3.spec import SourceError
+from memory3.train.kept import one_at_a_time
 from memory3.train.settings import TrainError
-from memory3.train.tokenizer import trained_tokenizer
 
 FORMAT_VERSION = 1
 IDS, STARTS, HEADER = "ids.npy", "starts.npy", "corpus.json"
@@ -144,21 +143,6 @@ def tokenised(
     return Corpus.load(cache / key)
 
 
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Make a folder and be the only process inside the block that works in it; `TrainError` where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise TrainError(f"{folder} cannot be written ({error.strerror}): give another folder for the cache") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
 def _write(cache: Path, key: str, facts: dict[str, Any], texts: Iterable[str], tokenizer: Any, tell: Tell) -> None:
     fresh = cache / f"{key}.new"
     shutil.rmtree(fresh, ignore_errors=True)  # what a kill left
@@ -242,43 +226,6 @@ def _hash(facts: Any) -> str:
 
 def _ignore(done: int, total: int | None) -> None:
     pass
-
-
-# ---- a tokenizer of one's own ----
-
-
-def kept_tokenizer(folder: Path, made_of: str, texts: Callable[[], Iterable[str]], vocabulary: int) -> Any:
-    """The tokenizer in a folder, which is made of the texts where none is there: whole or not at all, by one process.
-
-    Args:
-        folder: holds ordinary transformers files; one that was put there by hand is taken as it is.
-        made_of: says what the texts are, and is kept beside it.
-        texts: gives them.
-        vocabulary: most tokens.
-
-    Raises:
-        TrainError: there is one that was made of something else, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    made_of = _hash([made_of, vocabulary])
-    with one_at_a_time(folder.parent):
-        if not (folder / "tokenizer.json").exists():
-            fresh = folder.with_name(f"{folder.name}.new")
-            shutil.rmtree(fresh, ignore_errors=True)
-            trained_tokenizer(texts(), vocabulary).save_pretrained(fresh)
-            (fresh / MADE_OF).write_text(made_of, "ascii")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(fresh, folder)
-    if (folder / MADE_OF).exists() and (folder / MADE_OF).read_text("ascii") != made_of:
-        raise TrainError(f"found a tokenizer made of other data in {folder}, expected one of this data: use another --out")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise TrainError(f"found a damaged tokenizer in {folder} ({error}), expected a whole one: remove the folder") from None
-
-
-MADE_OF = "made_of"
 
 
 # ---- sources ----

@@ -21,8 +21,8 @@ from memory3.decoder import Decoder, attach
 from memory3.embedding import OFFLINE, SentenceEmbedder, offline_available
 from memory3.identity import tokenizer_fingerprint
 from memory3.spec import MemorySpec
-from memory3.train.corpus import kept_tokenizer, one_at_a_time
 from memory3.train.initialise import induction_prior, word_vectors
+from memory3.train.kept import kept_tokenizer, one_at_a_time
 from memory3.train.meanings import joined, meanings
 from memory3.train.passages import Passage
 from memory3.train.reading import Phase, ReadingObjective

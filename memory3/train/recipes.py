@@ -19,12 +19,13 @@ from memory3.rows import HUB, TABLES, of_split, rows
 from memory3.spec import MemorySpec
 from memory3.train.convert import converted
 from memory3.train.convert import recipe as conversion
-from memory3.train.corpus import Corpus, data_key, files_of, kept_tokenizer, read_documents, tokenised
+from memory3.train.corpus import Corpus, data_key, files_of, read_documents, tokenised
 from memory3.train.grid import RecalledTexts
 from memory3.train.inputs import Inputs, Recipe, Run, plain_run
 from memory3.train.instruct import EPOCHS as SFT_EPOCHS
 from memory3.train.instruct import PEAK as SFT_PEAK
 from memory3.train.instruct import Instruct, examples_of, schedule_of, steps_of
+from memory3.train.kept import kept_tokenizer
 from memory3.train.preference import EPOCHS as DPO_EPOCHS
 from memory3.train.preference import PEAK as DPO_PEAK
 from memory3.train.preference import pairs_of, preference
@@ -281,8 +282,6 @@ def reader_more(inputs: Inputs) -> Run:
     Data: as for `full`; give another `--seed` than the first run had. Hardware: two cores, forty minutes. docs/results.md has
     what it reached.
     """
-    if inputs.bank is not None:
-        raise TrainError("found --bank for a reader, expected none: it makes its own questions from its data")
     data, decoder = _folder(inputs), _loaded(inputs)
     steps = inputs.steps or 1600
     schedule = Schedule(inputs.rate or 5e-4, steps, warmup=min(20, steps), decay=steps // 2)

@@ -22,7 +22,8 @@ from memory3.reader import BankReader, version_name
 from memory3.recall import TRAINING_OVERLAP
 from memory3.retrieval import RETRIEVERS, default_retriever
 from memory3.splitting import overlap
-from memory3.train.corpus import Corpus, Tell, one_at_a_time
+from memory3.train.corpus import Corpus, Tell
+from memory3.train.kept import one_at_a_time
 from memory3.train.settings import TrainError
 
 PART = 256
