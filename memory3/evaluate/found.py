@@ -1,90 +1,23 @@
-"""Answers from references that are found among all passages, beside those that are given: what a user gets."""
+"""Answers from references that are found among all passages, in every arm, beside gold ones that are given: what a user gets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from memory3.decoder import Decoder
 from memory3.embedding import Embedder
+from memory3.evaluate.arms import CLOSED, SPARSE, Arm, arms, side_by_side
+from memory3.evaluate.asking import Question
+from memory3.evaluate.given import BATCH, Brought, Tell, holds, with_wrong
 from memory3.evaluate.outcomes import Outcome, table
-from memory3.evaluate.reading import Case, Score, dev_cases, mixed, score_of, short_cases
+from memory3.evaluate.qa import answered
+from memory3.evaluate.reading import Case, dev_cases, mixed, score_of, short_cases
 from memory3.evaluate.retrieval import Tables, whole_tables
 from memory3.retrieval import RETRIEVERS
 from memory3.spec import SpecError
 
-CLOSED, FOUND = "closed book", "sparse memory, found references"
-_SEARCHED_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class Findings:
-    """The references of each case, and what was answered from them.
-
-    Args:
-        texts: for each case the texts of its references, best first.
-        holding: whether one of them holds an answer.
-        scores: of each way to give them, over the same cases.
-    """
-
-    texts: tuple[tuple[str, ...], ...]
-    holding: tuple[bool, ...]
-    scores: tuple[Score, ...]
-
-    def outcomes(self) -> list[Outcome]:
-        """The rows, with what a question reads in each."""
-        mean = sum(map(len, self.texts)) / len(self.texts)
-        return [score.outcome(0.0 if score.name == CLOSED else mean) for score in self.scores]
-
-
-def found_texts(tables: Tables, cases: Sequence[Case], retriever: str, count: int) -> list[tuple[str, ...]]:
-    """The `count` best references of each case's question, as texts."""
-    if retriever not in RETRIEVERS:
-        raise SpecError(f"found retriever {retriever!r}, expected one of {', '.join(RETRIEVERS)}")
-    finder, found = RETRIEVERS[retriever](tables), []
-    for start in range(0, len(cases), _SEARCHED_AT_ONCE):
-        hits = finder.search([case.question for case in cases[start : start + _SEARCHED_AT_ONCE]], count)
-        known = tables.catalogue.references({hit.id for row in hits for hit in row})
-        found += [tuple(dict.fromkeys(known[hit.id][0].text for hit in row)) for row in hits]
-    return found
-
-
-def findings(
-    decoder: Decoder, cases: Sequence[Case], texts: Sequence[tuple[str, ...]], tell: Callable[[int, int], None] | None = None
-) -> Findings:
-    """Answer every case closed book, from the references found for it as sparse and dense memory and as text, from those
-    found for another question that do not hold its answer, and from its gold reference among four others.
-    """
-    own, wrong = dict(zip(map(id, cases), texts, strict=True)), dict(zip(map(id, cases), _wrong(cases, texts), strict=True))
-    dense = decoder.using(replace(decoder.spec, tokens_per_head=None))
-
-    def given(case: Case) -> Sequence[str]:
-        return own[id(case)]
-
-    scores = (
-        score_of(CLOSED, decoder, cases, None, tell=tell),
-        score_of("text in the prompt, found references", decoder, cases, given, as_text=True, tell=tell),
-        score_of("dense memory, found references", dense, cases, given, tell=tell),
-        score_of(FOUND, decoder, cases, given, tell=tell),
-        score_of("sparse memory, those found for another", decoder, cases, lambda case: wrong[id(case)], tell=tell),
-        score_of("sparse memory, gold among four others", decoder, cases, mixed, tell=tell),
-    )
-    holding = tuple(_held(case, row) for case, row in zip(cases, texts, strict=True))
-    return Findings(tuple(texts), holding, scores)
-
-
-def _wrong(cases: Sequence[Case], texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """For each case what was found for the next one that shares none of its references or answers."""
-    found = []
-    for n, case in enumerate(cases):
-        following = (texts[(n + step) % len(cases)] for step in range(1, len(cases)))
-        found.append(next((row for row in following if row and not set(row) & set(texts[n]) and not _held(case, row)), ()))
-    return found
-
-
-def _held(case: Case, row: Sequence[str]) -> bool:
-    return any(answer in text for text in row for answer in case.answers)
+GOLD = f"{SPARSE}, gold among others instead"
 
 
 def measure_found(
@@ -96,8 +29,8 @@ def measure_found(
     limit: int = 300,
     count: int | None = None,
     seed: int = 0,
-    tell: Callable[[int, int], None] | None = None,
-) -> Findings:
+    tell: Callable[[int, int | None], None] = lambda done, total: None,
+) -> list[Outcome]:
     """Print how often the references found hold an answer, and a Markdown table of the answers with paired differences.
 
     Args:
@@ -112,11 +45,31 @@ def measure_found(
     """
     catalogue = whole_tables(work, embedder)
     cases = short_cases(decoder, dev_cases(decoder, data, limit, seed))
-    tables = Tables(catalogue, embedder, decoder)
-    texts = found_texts(tables, cases, retriever, count or decoder.spec.references_per_chunk)
-    made = findings(decoder, cases, texts, tell)
-    print(
-        f"{len(catalogue):,} references; {sum(made.holding)} of {len(cases)} questions find one that holds an answer ({retriever})"
-    )
-    print(table(made.outcomes(), [FOUND, CLOSED]))
-    return made
+    asked = [Question(dataset=c.dataset, text=c.question, answers=c.answers) for c in cases]
+    brought = found_for(asked, Tables(catalogue, embedder, decoder), retriever, count or decoder.spec.references_per_chunk)
+
+    def scored(arm: Arm, told: Tell) -> dict[str, list[float]]:
+        return answered(arm, asked, brought, told)
+
+    outcomes = [*side_by_side(arms(decoder), brought, scored, tell), gold_of(decoder, cases)]
+    right = sum(any(holds(text, q.quoted) for text in b.right) for q, b in zip(asked, brought, strict=True))
+    print(f"{len(catalogue):,} references; {right} of {len(asked)} questions find one that holds an answer ({retriever})")
+    print(table(outcomes, [SPARSE, CLOSED]))
+    return outcomes
+
+
+def found_for(asked: Sequence[Question], tables: Tables, retriever: str, count: int) -> list[Brought]:
+    """The `count` best references of each question, best first, and as a control those found for others."""
+    if retriever not in RETRIEVERS:
+        raise SpecError(f"found retriever {retriever!r}, expected one of {', '.join(RETRIEVERS)}")
+    finder, found = RETRIEVERS[retriever](tables), list[tuple[str, ...]]()
+    for start in range(0, len(asked), BATCH):
+        hits = finder.search([q.text for q in asked[start : start + BATCH]], count)
+        known = tables.catalogue.references({hit.id for row in hits for hit in row})
+        found += [tuple(dict.fromkeys(known[hit.id][0].text for hit in row)) for row in hits]
+    return with_wrong(asked, found)
+
+
+def gold_of(decoder: Decoder, cases: Sequence[Case]) -> Outcome:
+    """The same questions with their gold reference given among those of others: what better search could bring."""
+    return score_of(GOLD, decoder, cases, mixed).outcome(sum(len(mixed(c)) for c in cases) / len(cases))
