@@ -16,7 +16,6 @@ from memory3.evaluate.beginning import Plan, beginning_study
 from memory3.evaluate.outcomes import document
 from memory3.evaluate.reading import Case, dev_cases, short_cases
 from memory3.evaluate.retraining import (
-    SMALL,
     Training,
     layer_variants,
     retrained_study,
@@ -27,7 +26,7 @@ from memory3.evaluate.retraining import (
 from memory3.evaluate.variations import Study, chunk_study, references_study, selection_study, tokens_study
 from memory3.remote import open_bank
 from memory3.spec import SourceError
-from memory3.train.recipe import Reader
+from memory3.train.recipe import SMALL, Reader
 from memory3.train.settings import Report
 
 

@@ -15,13 +15,11 @@ from memory3.evaluate.reading import OTHERS, dev_cases, short_cases
 from memory3.evaluate.variations import TOKENS, Study, answered, gold_and, only, part, tokens_found, tokens_name
 from memory3.selection import SELECTIONS
 from memory3.train.loop import run
-from memory3.train.recipe import Reader
+from memory3.train.recipe import SMALL, Reader
 from memory3.train.settings import Objective, Report, Settings, TrainError
 
 DEPTH = 6
 """Layers of `memory3.train.recipe.fresh_model`."""
-SMALL = Reader(steps=600, vocabulary=2048, texts_for_meaning=0)
-"""The reader's recipe in small, as `memory3 train reader small` runs it."""
 
 
 def _ignore(line: dict[str, float]) -> None:

@@ -103,7 +103,7 @@ class Reader:
     vocabulary: int = 16384
     texts_for_meaning: int = 12_000
     rate: float = 1.5e-3
-    optimizer: str = "muon"
+    optimizer: str = "adamw"
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -175,6 +175,10 @@ class Reader:
             some = random.Random(0).sample(texts, min(len(texts), self.texts_for_meaning))
             vectors = joined(vectors, *meanings([text[:520] for text in some], tokenizer, SentenceEmbedder(OFFLINE)))
         return vectors.contiguous()
+
+
+SMALL = Reader(steps=500, vocabulary=2048, texts_for_meaning=0, optimizer="muon")
+"""The recipe in small: for data of one's own, and for ablations."""
 
 
 def passages(data: Path, plain: int | None = None) -> tuple[list[Passage], list[Passage]]:

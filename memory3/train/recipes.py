@@ -30,7 +30,7 @@ from memory3.train.preference import EPOCHS as DPO_EPOCHS
 from memory3.train.preference import PEAK as DPO_PEAK
 from memory3.train.preference import pairs_of, preference
 from memory3.train.reading import ReadingObjective
-from memory3.train.recipe import EMBEDDING_RATE, Reader, passages
+from memory3.train.recipe import EMBEDDING_RATE, SMALL, Reader, passages
 from memory3.train.retrieved import Asking, ChunkReferences
 from memory3.train.sequences import Continual, Warmup
 from memory3.train.settings import Report, Schedule, Settings, TrainError
@@ -45,7 +45,7 @@ def warmup_small(inputs: Inputs) -> Run:
     """Plain language modelling from fresh weights of `--size` layers, with a tokenizer of 8,192 tokens made from the data.
 
     Data: any text, ten million tokens or more. Hardware: two cores. Time: 1,000 steps of 8 sequences of 512 tokens at size 6
-    are four million tokens; the tutorial has the minutes. Expect fluent nonsense: a start for `continual`, no more.
+    are four million tokens; docs/results.md has the tokens a second. Expect fluent nonsense: a start for `continual`, no more.
     """
     return _warmup(inputs, lambda vocabulary: shape(inputs.size, vocabulary), 8192, (1000, 1e-3, 8, 512))
 
@@ -71,7 +71,8 @@ def warmup_paper_2_4b(inputs: Inputs) -> Run:
 def warmup_model(inputs: Inputs) -> Run:
     """Plain language modelling from `--model`: more of what it has had, before memory. Sequences of 2,048 tokens.
 
-    Data: any text. Hardware: what holds the model four times (weights, gradients, two moments).
+    Data: any text. Hardware: what holds the model four times in float32 (weights, gradients, two moments). Nobody has measured
+    what it reaches.
     """
     decoder = _loaded(inputs)
     return _language_modelling(inputs, decoder, tokenised_of(inputs, decoder), (1000, 3e-4, 4, 2048))
@@ -111,7 +112,8 @@ def continual_paper(inputs: Inputs) -> Run:
     reference and those of the four chunks before, with the spec's tokens per head from the first step.
 
     Data: text, and a `--bank` of references. A small model does not learn to read this way within 300 steps (design section
-    4); `thinned` is for those.
+    4); `thinned` is for those. Hardware: what holds the model four times, and 33 references beside each sequence: a step takes
+    about twice as long as one of `warmup` (docs/results.md). Nobody has measured what it reaches.
     """
     return _continual(inputs, thinned=False)
 
@@ -120,7 +122,8 @@ def continual_thinned(inputs: Inputs) -> Run:
     """The curriculum of design section 4: the same sequences, but memory is dense at first, with language modelling on the
     references too, and is thinned out by halves over the first half of the run. Memory layers are those of the spec throughout.
 
-    Data: text, and a `--bank` of references. Starts from `--model`, warmed up or not.
+    Data: text, and a `--bank` of references. Starts from `--model`, warmed up or not. Hardware: as for `paper`; references run through
+    all layers here. docs/results.md has 60 steps of it, nobody has measured more.
     """
     return _continual(inputs, thinned=True)
 
@@ -163,12 +166,18 @@ def convert_lora(inputs: Inputs) -> Run:
 
 
 def convert_full(inputs: Inputs) -> Run:
-    """The same with all weights, and a frozen copy of the model as its teacher. Data: as for `lora`."""
+    """The same with all weights, and a frozen copy of the model as its teacher.
+
+    Data: as for `lora`. Hardware: what holds the model five times. Nobody has measured what it reaches.
+    """
     return _convert(inputs, lora=False)
 
 
 def convert_labels(inputs: Inputs) -> Run:
-    """All weights, without a teacher: cross-entropy of continuations, completions and answers. The control of `full`; data as for it."""
+    """All weights, without a teacher: cross-entropy of continuations, completions and answers. The control of `full`.
+
+    Data: as for `lora`. Hardware: what holds the model four times. Nobody has measured what it reaches.
+    """
     return _convert(inputs, lora=False, labels=True)
 
 
@@ -217,7 +226,7 @@ def sft_paper(inputs: Inputs) -> Run:
     """Supervised finetuning by the paper's numbers: cosine, at most 5e-5, 10 % warmup, 3 epochs; memory as in generation.
 
     Data: JSONL or Parquet with `prompt` and `response`, `question` and `answers`, or `messages`; a `--bank`, or none for
-    finetuning without memory. Hardware: what holds the model four times.
+    finetuning without memory. Hardware: what holds the model four times. docs/results.md has 40 steps of it, nobody has measured more.
     """
     decoder = _loaded(inputs)
     found = [e for d in inputs.data for e in examples_of(decoder, Path(d), tell=inputs.telling("reading examples"))]
@@ -232,6 +241,7 @@ def dpo_paper(inputs: Inputs) -> Run:
 
     Data: JSONL or Parquet with `prompt`, `chosen` and `rejected` (texts or messages). Hardware: what holds the model five
     times, for the reference model stays beside it. One epoch: the paper does not say how many.
+    docs/results.md has 25 steps of it, nobody has measured more.
     """
     decoder = _loaded(inputs)
     pairs = [p for d in inputs.data for p in pairs_of(decoder, Path(d), tell=inputs.telling("reading pairs"))]
@@ -268,11 +278,11 @@ def reader_full(inputs: Inputs) -> Run:
 
 
 def reader_small(inputs: Inputs) -> Run:
-    """The same in small, for data of one's own: 500 steps, 2,048 tokens, word vectors from the data alone.
+    """The same in small, for data of one's own: 500 steps by Muon, 2,048 tokens, word vectors from the data alone.
 
     Data: as for `full`. Hardware: two cores. docs/tutorial.md has what it reaches, and in which time.
     """
-    small = Reader(steps=inputs.steps or 500, vocabulary=2048, texts_for_meaning=0, rate=inputs.rate or Reader.rate)
+    small = replace(SMALL, steps=inputs.steps or SMALL.steps, rate=inputs.rate or SMALL.rate)
     return _reader(inputs, small)
 
 
