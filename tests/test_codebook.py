@@ -13,8 +13,8 @@ from fakes import FakeDecoder, same
 from hypothesis import given
 from hypothesis import strategies as st
 from object_store import bucket
+from test_archive import rewritten
 from test_bank import refs
-from test_keeping import rewritten
 
 from memory3.archive import export_bank, import_bank
 from memory3.bank import Bank
