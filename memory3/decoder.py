@@ -57,7 +57,7 @@ class Decoder:
         self.prefix_ids = self.bos_ids + self.tokens(REFERENCE_PREFIX)
         self._original = original
         self._limit = position_limit(model.config.get_text_config())
-        self._cache_keyword = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+        self.cache_keyword = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
         self._fingerprint: tuple[object, str] | None = None
 
     # ---- life ----
@@ -341,7 +341,7 @@ class Decoder:
         if layout.memory:
             checked_limit(layout.position_ids, self._limit)
         extra: dict[str, Any] = {} if reading is None else {KEYWORD: reading}
-        extra |= {"use_cache": False} if cache is None else {self._cache_keyword: cache, "use_cache": True}
+        extra |= {"use_cache": False} if cache is None else {self.cache_keyword: cache, "use_cache": True}
         return (self.model.base_model if base else self.model)(
             input_ids=layout.input_ids,
             attention_mask=layout.attention_mask,

@@ -64,9 +64,8 @@ def test_likelihood_tasks(place: Path, tmp_path: Path) -> None:
 
 
 def test_speed_prints_ratios_of_one_run(place: Path) -> None:
-    sizes = ("--length", "128", "--decode-batch", "2", "--prompt", "70", "--output", "4", "--repeats", "1")
-    shown = said("eval", "speed", *sizes, *common(place))
-    assert "time beside warmup" in shown and "rate beside no memory" in shown
+    shown = said("eval", "speed", "--length", "128", "--repeats", "1", *common(place))
+    assert "time beside warmup" in shown
 
 
 def test_use_after_the_first_chunk(place: Path, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import memory3
 
 PACKAGE = Path(memory3.__file__).parent
 ROWS = [
-    ["spec", "quiet", "fused"],
+    ["spec", "quiet", "fused", "bench.turns"],
     [
         "attention",
         "rotation",
         "identity",
         "selection",
+        "bench.machine",
         "documents",
         "shards",
         "embedding",
@@ -63,6 +64,7 @@ ROWS = [
         "evaluate.utility",
     ],
     [
+        "bench.scenes",
         "train.checkpoint",
         "train.retrieved",
         "train.instruct",
@@ -86,10 +88,12 @@ ROWS = [
     ["train.teaching", "evaluate.likelihood", "evaluate.speed"],
     ["train.convert", "train.inputs", "evaluate.variations"],
     ["train.recipes", "evaluate.picture", "evaluate.retraining"],
-    ["train.stages", "evaluate.demo", "evaluate.qa", "evaluate.beginning"],
+    ["bench.report"],
+    ["train.stages", "bench.decoding", "evaluate.demo", "evaluate.qa", "evaluate.beginning"],
     ["evaluate.ablations", "evaluate.found"],
     ["cli.common"],
     ["cli.commands", "cli.bank", "cli.train", "cli.evaluate"],
+    ["cli.bench"],
     ["cli"],
     ["__main__"],
 ]

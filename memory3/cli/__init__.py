@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from memory3.cli.bank import bank_app
+from memory3.cli.bench import bench_app
 from memory3.cli.commands import INCOMPLETE, app
 from memory3.cli.evaluate import eval_app
 from memory3.cli.train import train
@@ -17,6 +18,7 @@ __all__ = ["INCOMPLETE", "app", "main"]
 app.command()(train)
 app.add_typer(bank_app, name="bank")
 app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

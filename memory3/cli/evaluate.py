@@ -54,7 +54,7 @@ def _check_files(*files: Path | None) -> None:
             raise SourceError(f"{file} cannot be written: give another file")
 
 
-def _check_picture(out: Path | None) -> None:
+def check_picture_file(out: Path | None) -> None:
     """The same of a picture, which needs matplotlib and a suffix that it knows."""
     if out is not None:
         from memory3.evaluate.picture import check_picture
@@ -77,7 +77,7 @@ def _reading(what: str, doc: str) -> Callable[..., None]:
     ) -> None:
         from memory3.evaluate.reading import measure
 
-        _check_picture(out)
+        check_picture_file(out)
         with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
             measure(decoder, data, what, limit, out, seed, tell)
 
@@ -129,7 +129,7 @@ def retrieval(
     """Is the right reference found among all passages?"""
     from memory3.evaluate.retrieval import measure_retrieval
 
-    _check_picture(out)
+    check_picture_file(out)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
         found = measure_retrieval(decoder, data, work, _embedder(embedder, device, dtype), retriever, limit, tell)
     if out is not None:
@@ -231,7 +231,7 @@ def _arms(task: str, doc: str) -> Callable[..., None]:
         from memory3.remote import open_bank
 
         _check_arms(task, gold, retriever, dataset, length)
-        _check_picture(out)
+        check_picture_file(out)
         with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
             settings = Settings(
                 data,
@@ -308,34 +308,19 @@ def _most_overlap(filtered: bool) -> float | None:
 
 @eval_app.command()
 def speed(
-    part: Annotated[list[str] | None, typer.Option(help="train, decode, or both.")] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a training sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a training step.")] = 1,
-    decode_batch: Annotated[int, typer.Option(min=1, help="Prompts answered together.")] = 32,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, its <s> among them.")] = 128,
-    output: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 5,
     model: Model = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """A continual step beside a warmup step, and decoding with memory, without, and with text in the prompt."""
+    """A continual step beside a warmup step; decoding and the rest is in `memory3 bench`."""
     from memory3.evaluate.speed import measure_speed
 
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
-        measure_speed(
-            decoder,
-            length=length,
-            batch=batch,
-            decode_batch=decode_batch,
-            prompt=prompt,
-            output=output,
-            repeats=repeats,
-            seed=seed,
-            parts=tuple(part or ("train", "decode")),
-            tell=tell,
-        )
+        measure_speed(decoder, length=length, batch=batch, repeats=repeats, seed=seed, tell=tell)
 
 
 @eval_app.command()

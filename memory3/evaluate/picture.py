@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from memory3.evaluate.variations import Study
 
 
-def _pyplot() -> Any:
+def pyplot_module() -> Any:
     try:
         import matplotlib
     except ImportError:
@@ -40,7 +40,7 @@ def check_picture(path: Path) -> None:
     Raises:
         Memory3Error: matplotlib is missing, or does not write files of this suffix.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     known = sorted(pyplot.matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in known:
         raise Memory3Error(f"found a picture named {path.name}, expected one that ends in .{', .'.join(known)}")
@@ -77,7 +77,7 @@ def draw_reading(decoder: Decoder, question: str, completion: Completion, path: 
 
 
 def _heat(paid: torch.Tensor, words: Sequence[str], labels: Sequence[str], title: str, path: Path) -> None:
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     words, title = [_printable(word) for word in words], _printable(title)
     figure, axes = pyplot.subplots(figsize=(max(9.0, 0.24 * len(words)), 1.6 + 0.26 * len(labels)), constrained_layout=True)
     colours = pyplot.get_cmap("Blues").with_extremes(bad="#d9d9d9")
@@ -101,7 +101,7 @@ def _printable(text: str) -> str:
 
 def draw_curve(points: Sequence[tuple[int, Score]], path: Path) -> None:
     """Draw exact match and F1 in percent, with intervals, over key-value slots of one reference."""
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     figure, axes = pyplot.subplots(figsize=(6.4, 4), constrained_layout=True)
     slots = [s for s, _ in points]
     for name, means, bounds in (
@@ -125,7 +125,7 @@ def draw_curve(points: Sequence[tuple[int, Score]], path: Path) -> None:
 
 def draw_retrieval(rows: Sequence[Found], path: Path) -> None:
     """Draw recall@5 with intervals: a group of bars per dataset, a bar per retriever."""
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     names, datasets = (list(dict.fromkeys(v)) for v in zip(*((r.retriever, r.dataset) for r in rows), strict=True))
     figure, axes = pyplot.subplots(figsize=(2.6 + 1.5 * len(datasets), 4), constrained_layout=True)
     width = 0.8 / len(names)
@@ -153,7 +153,7 @@ def draw_arms(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
     """Draw the first metric of every arm with its 95 % interval: a bar per arm, in the order of the table."""
     from memory3.evaluate.outcomes import METRICS
 
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     name = next(iter(outcomes[0].values))
     shown = METRICS[name].shown
     means = [shown(o.mean(name)) for o in outcomes]
@@ -174,7 +174,7 @@ def draw_arms(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
 
 def draw_study(study: Study, path: Path) -> None:
     """Draw the curves of an ablation with 95 % intervals, and its controls as dashed levels."""
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     name, metric = study.metric
     figure, axes = pyplot.subplots(figsize=(6.8, 4.2), constrained_layout=True)
     for n, (label, points) in enumerate(study.curves.items()):

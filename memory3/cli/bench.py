@@ -1,0 +1,76 @@
+"""`memory3 bench …`: one thin function per benchmark; heavy imports happen inside.
+
+Each prints a table, its ratios and, as the last line, one JSON document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memory3.cli.common import Device, Dtype, Model, Seed, decoder_of, progress
+
+if TYPE_CHECKING:
+    from memory3.decoder import Decoder
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure time and bytes, as ratios from one run.")
+
+Preset = Annotated[str | None, typer.Option(help="Random weights of a shape: paper-2.4b or paper-0.9b.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="With --preset: keep so many layers.")]
+Picture = Annotated[Path | None, typer.Option(help="Picture of the table.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Turns of each way; the median counts.")]
+
+
+@contextmanager
+def benched(
+    model: str | None, preset: str | None, layers: int | None, device: str | None, dtype: str | None
+) -> Iterator[Decoder]:
+    """The decoder that is measured: a finished one, or random weights of a shape."""
+    import torch
+
+    from memory3.bench.scenes import random_decoder
+    from memory3.spec import SpecError
+
+    if preset is None:
+        if layers is not None:
+            raise SpecError(f"found --layers {layers} without --preset, expected a shape to cut: --preset paper-2.4b")
+        with decoder_of(model, None, device, dtype) as decoder:
+            yield decoder
+        return
+    if model is not None:
+        raise SpecError("found both --model and --preset, expected one of them: a preset has random weights")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with random_decoder(preset, layers, getattr(torch, dtype or "bfloat16"), where) as decoder:
+        yield decoder
+
+
+@bench_app.command()
+def decode(
+    preset: Preset = None,
+    layers: Layers = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences answered together.")] = 32,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, its <s> among them.")] = 128,
+    output: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    repeats: Repeats = 3,
+    codec: Annotated[str, typer.Option(help="Codec of the way memory-codec.")] = "rotated",
+    way: Annotated[list[str] | None, typer.Option(help="Only these ways; none is always among them.")] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    out: Picture = None,
+) -> None:
+    """Decoding: without memory, with sparse and dense memory, and with text, by the protocol of the paper's Table 21."""
+    from memory3.bench.decoding import WAYS, Protocol, bench_decode
+    from memory3.cli.evaluate import check_picture_file
+
+    check_picture_file(out)
+    protocol = Protocol(batch, prompt, output, repeats, codec, seed)
+    ways = tuple(WAYS) if not way else tuple(dict.fromkeys(["none", *way]))
+    with benched(model, preset, layers, device, dtype) as decoder, progress("measuring") as tell:
+        report = bench_decode(decoder, protocol, ways, tell)
+    report.show(out)
