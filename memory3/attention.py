@@ -166,6 +166,7 @@ class _Groups:
     real: Tensor  # (M, S) bool
     memory: Tensor  # (M, R) rows of the stack; filler is 0
     present: Tensor  # (M, R) bool
+    stepping: bool  # every sequence has one query, and all of them read
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,8 @@ class Reading:
     chunks: Tensor
     spec: MemorySpec
     trace: Trace | None = None
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    """What one token of a chunk gathered for the next, by layer."""
 
     @cached_property
     def groups(self) -> _Groups:
@@ -204,14 +207,16 @@ class Reading:
         real = place < sizes[:, None]
         index = (start[:, None] + place).where(real, start[:, None])
         memory = self.table.flatten(0, 1)[ids]
-        return _Groups(ids // chunk_count, queries[order][index], real, memory.clamp(min=0), memory >= 0)
+        sequence = ids // chunk_count
+        stepping = self.chunks.shape[1] == 1 and len(sequence) == len(self.chunks)
+        return _Groups(sequence, queries[order][index], real, memory.clamp(min=0), memory >= 0, stepping)
 
     def attend(self, original: Original, module: nn.Module, states: States, options: dict[str, Any]) -> Attended:
         """At memory layers one softmax over memories and context; elsewhere, or with nothing to read, the original."""
         layer: int = module.layer_idx  # type: ignore[assignment]
         assert self.spec.layers is not None
         if layer not in self.spec.layers or not len(self.groups.sequence):
-            return states.through(original, module, options)
+            return Stepping().attend(original, module, states, options)
         score = _Scoring.of(module, states, options)
         context, context_lse = _over_context(states, score, options.get("s_aux"))
         memory, memory_lse, weights = self._over_memories(layer, states, score)
@@ -226,17 +231,17 @@ class Reading:
         Returns the output `(B, H * G, Q, D)`, its log-sum-exp `(B, H * G, Q)` (minus infinity where nothing is read) and
         the weights `(M, H, G, S, R * K)`, where `H` are the layer's memory heads.
         """
-        groups, rows = self.groups, self.spec.rows_of(layer)
+        if self.groups.stepping:
+            return self._over_memories_of_one(layer, states, score)
+        groups = self.groups
         heads = torch.tensor(self.spec.heads_of(layer), device=states.query.device)
         batch, query_heads, length, dim = states.query.shape
         grouped = states.query.unflatten(1, (states.key.shape[1], -1))[:, heads]  # (B, H, G, Q, D)
         query = grouped.permute(0, 3, 1, 2, 4)[groups.sequence[:, None], groups.query].permute(0, 2, 3, 1, 4)
-        keys, values = (t[:, rows][groups.memory].transpose(1, 2).flatten(2, 3) for t in (self.stack.keys, self.stack.values))
-        slot = torch.arange(self.stack.keys.shape[2], device=query.device)
-        valid = (groups.present[..., None] & (slot < self.stack.counts[groups.memory][..., None])).flatten(1)  # (M, R * K)
-        logits = score.logits(query, keys.to(query.dtype)[:, :, None])
-        weights, lse = _softmax(logits.masked_fill_(~valid[:, None, None, None, :], float("-inf")))
-        output = score.mixed(weights, values.to(query.dtype)[:, :, None])
+        keys, values = self._gathered(layer, query.dtype)
+        logits = score.logits(query.flatten(2, 3), keys).unflatten(2, query.shape[2:4])  # (M, H, G, S, R * K)
+        weights, lse = _softmax(self._hidden(logits))
+        output = score.mixed(weights.flatten(2, 3), values).unflatten(2, query.shape[2:4])
         target = groups.sequence[:, None].expand_as(groups.real)[groups.real], groups.query[groups.real]
         spread = output.permute(0, 3, 1, 2, 4)[groups.real]  # (queries, H, G, D)
         full = spread.new_zeros((batch, length, states.key.shape[1], grouped.shape[2], dim))
@@ -246,6 +251,45 @@ class Reading:
         full_lse = full_lse.index_put(at, lse.permute(0, 3, 1, 2)[groups.real])
         flat = (batch, length, query_heads)
         return full.reshape(*flat, dim).transpose(1, 2), full_lse.reshape(flat).transpose(1, 2), weights
+
+    def _over_memories_of_one(self, layer: int, states: States, score: _Scoring) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where every sequence has one query, and it reads: there is nothing to gather or to put back.
+
+        The memories of a layer are gathered at the first token of a chunk and kept for the others.
+        """
+        heads, all_heads = self.spec.heads_of(layer), states.key.shape[1]
+        query = states.query.flatten(1, 2).unflatten(1, (all_heads, -1))  # (B, H, G, D)
+        some = len(heads) < all_heads
+        if layer not in self.kept:
+            self.kept[layer] = self._gathered(layer, query.dtype)
+        keys, values = self.kept[layer]
+        logits = score.logits(query[:, list(heads)] if some else query, keys)[:, :, :, None]  # (B, H, G, 1, R * K)
+        weights, lse = _softmax(self._hidden(logits))
+        output, lse = score.mixed(weights[:, :, :, 0], values), lse[..., 0]
+        if some:
+            index = torch.tensor(heads, device=query.device)
+            output = torch.zeros_like(query).index_copy(1, index, output)
+            lse = lse.new_full(query.shape[:-1], float("-inf")).index_copy(1, index, lse)
+        return output.flatten(1, 2)[:, :, None], lse.flatten(1)[..., None], weights
+
+    def _gathered(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values `(M, H, R * K, D)` of the memories that each chunk reads at a layer."""
+        rows = self.spec.rows_of(layer)
+        keys, values = (
+            t[:, rows][self.groups.memory].transpose(1, 2).flatten(2, 3).to(dtype) for t in (self.stack.keys, self.stack.values)
+        )
+        return keys, values
+
+    def _hidden(self, logits: Tensor) -> Tensor:
+        """Logits `(M, H, G, S, R * K)` with filler at minus infinity, in place."""
+        return logits if self.filler is None else logits.masked_fill_(self.filler, float("-inf"))
+
+    @cached_property
+    def filler(self) -> Tensor | None:
+        """`(M, 1, 1, 1, R * K)`, true where no memory is; `None` where every place has one."""
+        slot = torch.arange(self.stack.keys.shape[2], device=self.stack.counts.device)
+        valid = self.groups.present[..., None] & (slot < self.stack.counts[self.groups.memory][..., None])  # (M, R, K)
+        return None if bool(valid.all()) else ~valid.flatten(1)[:, None, None, None, :]
 
     def _note(self, layer: int, weights: Tensor, share: Tensor) -> None:
         """Joint weights to the trace, back in the order of the queries."""
@@ -258,6 +302,22 @@ class Reading:
         full = full.index_put(at, weights.flatten(1, 2).transpose(1, 2)[groups.real])
         joint = full * chosen.transpose(1, 2)[..., None]
         self.trace.note(layer, joint.unflatten(-1, (references, -1)))
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """Attention of a model that decodes, without memories: its own, but for single queries on the CPU.
+
+    There torch's kernel takes one query head after the other, and reads keys and values once for each. All query heads of a kv
+    head in one matrix product read them once (docs/performance.md).
+    """
+
+    def attend(self, original: Original, module: nn.Module, states: States, options: dict[str, Any]) -> Attended:
+        """The original attention, or the same softmax in one product per kv head."""
+        if states.query.shape[2] > 1 or states.query.device.type != "cpu":
+            return states.through(original, module, options)
+        output, _ = _over_context(states, _Scoring.of(module, states, options), options.get("s_aux"))
+        return output.transpose(1, 2).contiguous(), None
 
 
 @dataclass(frozen=True)
@@ -297,13 +357,15 @@ def _over_context(states: States, score: _Scoring, sinks: Tensor | None) -> tupl
     """The causal attention, as the masks of transformers define it: output `(B, H * G, Q, D)` and log-sum-exp."""
     if sinks is None and score.plain and available(states.query):
         return fused_attention(states.query, states.key, states.value, states.mask, score.scaling)
-    query = states.query.unflatten(1, (states.key.shape[1], -1))  # (B, H, G, Q, D)
-    logits = score.logits(query, states.key[:, :, None]).flatten(1, 2)  # (B, H * G, Q, keys)
+    query_heads, length = states.query.shape[1:3]
+    query = states.query.reshape(len(states.query), states.key.shape[1], -1, states.query.shape[-1])  # (B, H, G * Q, D)
+    logits = score.logits(query, states.key).reshape(len(query), query_heads, length, -1)
     weights, lse = _softmax(_masked(logits, states.mask))
     if sinks is not None:  # a logit per query head that takes weight and gives nothing: counted here, and only here
         total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None].expand_as(lse))
         weights, lse = weights * torch.exp(lse - total)[..., None], total
-    return score.mixed(weights.unflatten(1, query.shape[1:3]), states.value[:, :, None]).flatten(1, 2), lse
+    mixed = score.mixed(weights.reshape(*query.shape[:3], -1), states.value)
+    return mixed.reshape(*states.query.shape[:3], -1), lse
 
 
 class _Softmax(torch.autograd.Function):

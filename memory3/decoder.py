@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memory3.attention import KEYWORD, ORIGINALS, MemoryStack, Reading, Trace, registered_name
+from memory3.attention import KEYWORD, ORIGINALS, Hook, MemoryStack, Reading, Trace, registered_name
 from memory3.context import GAP
 from memory3.encoding import Writing, WritingInContext
 from memory3.family import SPEC_FILE, Geometry, checked_family, probed, run_until_stop, trained_spec
@@ -328,7 +328,7 @@ class Decoder:
         return DynamicCache(config=self.model.config)
 
     def forward(
-        self, layout: Layout, reading: Reading | None = None, *, base: bool = False, cache: Any = None, **options: Any
+        self, layout: Layout, reading: Hook | None = None, *, base: bool = False, cache: Any = None, **options: Any
     ) -> Any:
         """The model's own output for a batch, reading memories; `options` go to the model (logits_to_keep, ...).
 
