@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memory3.attention import KEYWORD, ORIGINALS, Hook, MemoryStack, Reading, Trace, registered_name
+from memory3.cache import growing_cache
 from memory3.context import GAP
 from memory3.encoding import Writing, WritingInContext
 from memory3.family import SPEC_FILE, Geometry, checked_family, probed, run_until_stop, trained_spec
@@ -323,9 +324,7 @@ class Decoder:
 
     def fresh_cache(self) -> Any:
         """An empty key-value cache of transformers for this model; `forward` fills it."""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.model.config)
+        return growing_cache(self.model.config)
 
     def forward(
         self, layout: Layout, reading: Hook | None = None, *, base: bool = False, cache: Any = None, **options: Any

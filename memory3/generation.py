@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memory3.attention import Trace
+from memory3.attention import Hook, Stepping, Trace
 from memory3.decoder import Decoder, Layout
 from memory3.recall import Recalled, Recaller
 from memory3.sampling import Sampler
@@ -126,6 +126,8 @@ class _Sequence:
     text: str = ""
     ids: list[int] = field(default_factory=list)
     shown: str = ""
+    before: int = 0  # tokens from here on are decoded together with the newest
+    told: int = 0  # tokens whose text was shown
     finish: str | None = None
     fresh: Recalled | None = None
 
@@ -220,7 +222,8 @@ class _Stream:
         reading, cache = self.decoder.reading(layout.chunks, memories), self.decoder.fresh_cache()
         logits = self.decoder.forward(layout, reading, cache=cache, logits_to_keep=1).logits
         self.prefill_s = perf_counter() - began
-        step, reading_of = 0, None
+        step = 0
+        reading_of: Hook | None = None
         while True:
             began = perf_counter()
             chosen, scores = self.sampler.next(
@@ -236,7 +239,7 @@ class _Stream:
                 reading_of = None
             began = perf_counter()
             if reading_of is None:
-                reading_of = self.decoder.reading(layout.chunks, [[row.current] for row in self.rows])
+                reading_of = self.decoder.reading(layout.chunks, [[row.current] for row in self.rows]) or Stepping()
             logits = self.decoder.forward(layout, reading_of, cache=cache).logits
             self.decode_s += perf_counter() - began
             step += 1
@@ -292,9 +295,9 @@ class _Stream:
 
     def _taken(self, chosen: Tensor, scores: Tensor) -> Iterator[Token]:
         """Note the chosen tokens of the sequences that still run, and tell of them."""
-        running = [(n, row) for n, row in enumerate(self.rows) if not row.finish]
+        running, ids = [(n, row) for n, row in enumerate(self.rows) if not row.finish], chosen.tolist()
         for n, row in running:
-            row.ids.append(int(chosen[n]))
+            row.ids.append(ids[n])
             row.finish = self.sampler.finished(n, row.prompt.ids, row.ids, scores[n])
         ended = [row for _, row in running if row.finish]
         effects = {id(row): effect for row, effect in zip(ended, self._effects(ended), strict=True)}
@@ -305,12 +308,23 @@ class _Stream:
             row.fresh = None
 
     def _certain(self, row: _Sequence) -> str:
-        """Text that the newest token adds; half a character waits for its other half."""
-        whole = str(self.decoder.tokenizer.decode(row.ids, skip_special_tokens=True))
-        if whole.endswith("\ufffd") and not row.finish:
+        """Text that the newest token adds; half a character waits for its other half.
+
+        Only the tokens since the text before last are decoded, for what a token says may depend on the one before it; the whole
+        answer is decoded at its end.
+        """
+        decode = self.decoder.tokenizer.decode
+        if row.finish:
+            whole = str(decode(row.ids, skip_special_tokens=True))
+            added, row.shown = whole[len(row.shown) :], whole
+            return added
+        known = str(decode(row.ids[row.before : row.told], skip_special_tokens=True))
+        now = str(decode(row.ids[row.before :], skip_special_tokens=True))
+        if now.endswith("\ufffd"):
             return ""
-        added, row.shown = whole[len(row.shown) :], whole
-        return added
+        row.before, row.told = row.told, len(row.ids)
+        row.shown += now[len(known) :]
+        return now[len(known) :]
 
     def _completion(self, row: _Sequence, effect: Effect | None) -> Completion:
         timings = Timings(self.recall_s, self.prefill_s, self.decode_s)

@@ -62,8 +62,10 @@ class Sampler:
     def next(self, logits: Tensor, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids `(B,)` from the last logits `(B, V)`, and the processed scores `(B, V)`.
 
-        A sequence of a batch is processed without its padding.
+        A sequence of a batch is processed without its padding. Where nothing is to be processed, all are chosen at once.
         """
+        if not self.sample and not any(map(len, self.processors)):
+            return logits.argmax(-1), logits.float()
         ids, rows = [], []
         for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             before = torch.tensor([[*prompt, *answer]], device=logits.device)

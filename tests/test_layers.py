@@ -14,6 +14,7 @@ ROWS = [
     ["spec", "quiet", "fused", "bench.turns"],
     [
         "attention",
+        "cache",
         "rotation",
         "identity",
         "selection",

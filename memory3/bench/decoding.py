@@ -127,7 +127,7 @@ class Scene:
         real = (*[False] * bos, *[True] * (self.protocol.prompt - bos))
         prompts = [Prompt(tuple(row), real) for row in self.prompts.tolist()]
         config = deepcopy(decoder.model.generation_config)
-        config.min_new_tokens, config.do_sample = self.protocol.output, False
+        config.eos_token_id, config.do_sample = [], False  # no token ends an answer
         first = None
         for token in stream(decoder, prompts, recall=recall, config=config, max_new_tokens=self.protocol.output):
             first = first or token.seconds
