@@ -113,6 +113,8 @@ class MemoryStack:
         longest = max(m.count for m in memories)
 
         def padded(rows: list[Tensor], kind: torch.dtype) -> Tensor:
+            if all(row.shape[1] == longest for row in rows):
+                return torch.stack(rows).to(device=device, dtype=kind)
             full = rows[0].new_zeros((len(rows), rows[0].shape[0], longest, *rows[0].shape[2:]))
             for target, row in zip(full, rows, strict=True):
                 target[:, : row.shape[1]] = row

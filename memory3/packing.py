@@ -31,9 +31,22 @@ def unpack_codes(packed: Tensor, count: int, bits: int) -> Tensor:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         codes: Tensor = (packed[..., None] >> shifts) & ((1 << bits) - 1)
         return codes.flatten(-2)[..., :count].int()
+    if bits < 8:
+        return _unpack_eights(packed, count, bits)
     starts = torch.arange(count, device=packed.device) * bits
     padded = torch.nn.functional.pad(packed, (0, 2)).int()
     words = padded[..., starts // 8]
     for n in (1, 2):
         words = words | padded[..., starts // 8 + n] << 8 * n
     return words >> (starts % 8).int() & ((1 << bits) - 1)
+
+
+def _unpack_eights(packed: Tensor, count: int, bits: int) -> Tensor:
+    """Eight codes fill `bits` bytes exactly: these are read as one number, and cut by shifts."""
+    groups = -(-count // 8)
+    whole = torch.nn.functional.pad(packed, (0, groups * bits - packed.shape[-1])).unflatten(-1, (groups, bits))
+    word = torch.int32 if bits <= 3 else torch.int64
+    number = sum((whole[..., n].to(word) << 8 * n for n in range(1, bits)), whole[..., 0].to(word))
+    shifts = torch.arange(8, dtype=word, device=packed.device) * bits
+    codes: Tensor = (number[..., None] >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(-2)[..., :count].int()

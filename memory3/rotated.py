@@ -80,7 +80,8 @@ class RotatedCodec(VectorCodec):
         code = rows[..., :1].float()
         length = torch.where(code > 0, ((code - _ONE) / _STEPS_PER_OCTAVE).exp2(), 0)
         grid = _on(_grid_tensor(head_dim, bits), rows)
-        return (grid[unpack_codes(rows[..., 1:], head_dim, bits)] * length) @ _on(rotation(head_dim, self.seed), rows)
+        codes = unpack_codes(rows[..., 1:], head_dim, bits)
+        return (grid.index_select(0, codes.flatten()).view(codes.shape) * length) @ _on(rotation(head_dim, self.seed), rows)
 
     def relative_error(self, head_dim: int) -> float:
         worst = max(grid_distortion(head_dim, bits) for bits in (self.key_bits, self.value_bits))

@@ -1,8 +1,7 @@
-"""Flat files of fixed-size records: appended and synced when written, memory-mapped when read (docs/bank.md)."""
+"""Flat files of fixed-size records: appended and synced when written, read one by one where they lie (docs/bank.md)."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -27,7 +26,7 @@ class Shards:
 
     def __init__(self, folder: Path, record_bytes: int, per_shard: int) -> None:
         self.folder, self.record_bytes, self.per_shard = folder, record_bytes, per_shard
-        self._maps: dict[int, tuple[int, mmap.mmap]] = {}  # inode and view: a number may come again as another file
+        self._opened: dict[int, tuple[int, int]] = {}  # inode and descriptor: a number may come again as another file
 
     def append(self, records: Sequence[bytes]) -> list[Place]:
         """Write records behind all others and sync them to disk; their places, in order.
@@ -50,9 +49,20 @@ class Shards:
 
     def read(self, shard: int, slot: int) -> bytearray:
         """A private copy of one record; `BankError` where the file is missing or too short."""
-        start = slot * self.record_bytes
-        view = self._view(shard, start + self.record_bytes)
-        return bytearray(view[start : start + self.record_bytes])
+        record, start = bytearray(self.record_bytes), slot * self.record_bytes
+        try:
+            descriptor = self._descriptor(shard)
+            read = os.preadv(descriptor, [record], start) if start >= 0 else 0
+            size = os.fstat(descriptor).st_size if read < len(record) else 0
+        except OSError as error:
+            raise BankError(
+                f"{self._path(shard)} cannot be read ({error.strerror}): restore it from a copy, or write its documents again"
+            ) from error
+        if read < len(record):
+            raise BankError(
+                f"{self._path(shard)} has {size} bytes, expected at least {start + len(record)}: it was cut; write its documents again (memory3 write)"
+            )
+        return record
 
     def erase(self, places: Iterable[Place]) -> None:
         """Overwrite records with zeros and sync; what a lost or cut file no longer holds is passed over."""
@@ -98,10 +108,10 @@ class Shards:
         return moved
 
     def remove(self, numbers: Iterable[int]) -> None:
-        """Remove shard files; readers that mapped one go on reading it until they look their records up again."""
+        """Remove shard files; readers that opened one go on reading it until they look their records up again."""
         for number in list(numbers):
             self._path(number).unlink(missing_ok=True)
-            self._maps.pop(number, None)
+            self._close(number)
         if self.folder.is_dir():
             sync_folder(self.folder)
 
@@ -110,10 +120,9 @@ class Shards:
         return sum(self._sizes().values())
 
     def close(self) -> None:
-        """Unmap everything; a later read maps again."""
-        for _, view in self._maps.values():
-            view.close()
-        self._maps.clear()
+        """Close all files; a later read opens them again."""
+        for number in list(self._opened):
+            self._close(number)
 
     def describe(self, place: Place) -> str:
         """The place in words, for errors."""
@@ -151,26 +160,22 @@ class Shards:
             elif size > before[shard]:
                 os.truncate(self._path(shard), before[shard])
 
-    def _view(self, shard: int, end: int) -> mmap.mmap:
-        """The mapped shard, at least `end` bytes long; the size is asked each time, for a cut file would kill the process."""
+    def _descriptor(self, shard: int) -> int:
+        """The open shard, opened again where another file has its name now."""
         path = self._path(shard)
-        try:
-            status = path.stat()
-            size = status.st_size
-            if not 0 < end <= size:
-                raise BankError(
-                    f"{path} has {size} bytes, expected at least {end}: it was cut; write its documents again (memory3 write)"
-                )
-            inode, view = self._maps.get(shard, (None, None))
-            if view is None or inode != status.st_ino or len(view) < end:
-                with path.open("rb") as file:
-                    view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-                self._maps[shard] = (status.st_ino, view)
-            return view
-        except OSError as error:
-            raise BankError(
-                f"{path} cannot be read ({error.strerror}): restore it from a copy, or write its documents again"
-            ) from error
+        inode, descriptor = self._opened.get(shard, (None, -1))
+        if inode != path.stat().st_ino:
+            self._close(shard)
+            descriptor = os.open(path, os.O_RDONLY)
+            self._opened[shard] = (os.fstat(descriptor).st_ino, descriptor)
+        return descriptor
+
+    def _close(self, shard: int) -> None:
+        if shard in self._opened:
+            os.close(self._opened.pop(shard)[1])
+
+    def __del__(self) -> None:
+        self.close()
 
     def _erase_in(self, shard: int, slots: Iterable[int]) -> None:
         held = self._sizes().get(shard, 0) // self.record_bytes
