@@ -90,7 +90,7 @@ ROWS = [
     ["train.convert", "train.inputs", "evaluate.variations"],
     ["train.recipes", "evaluate.picture", "evaluate.retraining"],
     ["bench.report"],
-    ["train.stages", "bench.decoding", "evaluate.demo", "evaluate.qa", "evaluate.beginning"],
+    ["train.stages", "bench.decoding", "bench.encoding", "bench.recalls", "evaluate.demo", "evaluate.qa", "evaluate.beginning"],
     ["evaluate.ablations", "evaluate.found"],
     ["cli.common"],
     ["cli.commands", "cli.bank", "cli.train", "cli.evaluate"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from memory3.bank import Bank
 from memory3.decoder import Decoder, attach
+from memory3.embedding import Embedder
 from memory3.recall import Recalled
 from memory3.record import Codec
 from memory3.retrieval import Hit
@@ -67,10 +68,23 @@ def random_text(decoder: Decoder, rng: np.random.Generator) -> str:
 
 
 def random_bank(
-    decoder: Decoder, folder: Path, count: int, rng: np.random.Generator, codec: Codec | None = None, batch: int = 64
+    decoder: Decoder,
+    folder: Path,
+    count: int,
+    rng: np.random.Generator,
+    codec: Codec | None = None,
+    batch: int = 64,
+    embedder: Embedder | None = None,
+    told: Callable[[int], None] = lambda done: None,
 ) -> Bank:
-    """A bank of random texts with random key-values: reading them takes as long as reading true ones."""
-    bank, spec = Bank(folder, decoder, create=True, codec=codec), decoder.spec
+    """A bank of random texts with random key-values: reading them takes as long as reading true ones.
+
+    Args:
+        batch: references of a commit.
+        embedder: gives the bank vectors.
+        told: of the references done.
+    """
+    bank, spec = Bank(folder, decoder, create=True, codec=codec, embedder=embedder), decoder.spec
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     positions = torch.arange(spec.slots, dtype=torch.uint8).expand(spec.pairs, -1).contiguous()
 
@@ -82,6 +96,7 @@ def random_bank(
     for start in range(0, count, batch):
         some = [Reference(f"{n} {random_text(decoder, rng)}", f"random:{n}") for n in range(start, min(count, start + batch))]
         bank.add(some, list(memories(some)))
+        told(start + len(some))
     return bank
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memory3.cli.common import Device, Dtype, Model, Seed, decoder_of, progress
+from memory3.cli.common import Device, Dtype, Model, Seed, TokensPerHead, decoder_of, progress
 
 if TYPE_CHECKING:
     from memory3.decoder import Decoder
@@ -29,7 +29,7 @@ Repeats = Annotated[int, typer.Option(min=1, help="Turns of each way; the median
 def benched(
     model: str | None, preset: str | None, layers: int | None, device: str | None, dtype: str | None
 ) -> Iterator[Decoder]:
-    """The decoder that is measured: a finished one, or random weights of a shape."""
+    """The decoder that is measured: a finished one, or random weights of a shape (bfloat16 unless told otherwise)."""
     import torch
 
     from memory3.bench.scenes import random_decoder
@@ -73,4 +73,57 @@ def decode(
     ways = tuple(WAYS) if not way else tuple(dict.fromkeys(["none", *way]))
     with benched(model, preset, layers, device, dtype) as decoder, progress("measuring") as tell:
         report = bench_decode(decoder, protocol, ways, tell)
+    report.show(out)
+
+
+@bench_app.command()
+def write(
+    preset: Preset = None,
+    layers: Layers = None,
+    references: Annotated[int, typer.Option(min=1, help="References of a turn, of full length.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="References encoded together.")] = 64,
+    repeats: Repeats = 3,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    out: Picture = None,
+) -> None:
+    """Writing: references a second, and the share of the matrix-multiply peak that was measured in the same run."""
+    from memory3.bench.encoding import Load, bench_write
+    from memory3.cli.evaluate import check_picture_file
+
+    check_picture_file(out)
+    with benched(model, preset, layers, device, dtype) as decoder, progress("measuring") as tell:
+        report = bench_write(decoder, Load(references, batch, repeats, seed), tell)
+    report.show(out)
+
+
+@bench_app.command()
+def recall(
+    preset: Preset = None,
+    layers: Layers = None,
+    references: Annotated[list[int] | None, typer.Option(min=1, help="Sizes of the banks; by default 1000 and 10000.")] = None,
+    codec: Annotated[list[str] | None, typer.Option(help="Codecs of the banks; by default raw and rotated.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Queries of a recall.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Recalls of each kind.")] = 10,
+    cold: Annotated[bool, typer.Option("--cold/--no-cold", help="Also from the disk, with the page cache dropped.")] = True,
+    tokens_per_head: TokensPerHead = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    out: Picture = None,
+) -> None:
+    """Recall step by step: search, texts, load, stack, beside a raw read of the same bytes."""
+    from dataclasses import replace
+
+    from memory3.bench.recalls import Plan, bench_recall
+    from memory3.cli.evaluate import check_picture_file
+
+    check_picture_file(out)
+    plan = Plan(tuple(references or Plan.references), tuple(codec or Plan.codecs), batch, repeats, cold, seed)
+    with benched(model, preset, layers, device, dtype) as decoder, progress("measuring") as tell:
+        view = decoder if tokens_per_head is None else decoder.using(replace(decoder.spec, tokens_per_head=tokens_per_head))
+        report = bench_recall(view, plan, tell)
     report.show(out)
