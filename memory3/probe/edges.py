@@ -191,7 +191,8 @@ def log_likelihoods(decoder: Decoder, subject: Subject, log_gates: Mapping[int, 
     was_training = decoder.model.training
     decoder.model.eval()
     try:
-        logits = decoder.forward(batch.layout, **{KEYWORD: Gated(batch, gates)}).logits[:, subject.first - 1 : -1]
+        hook: dict[str, Any] = {KEYWORD: Gated(batch, gates)}
+        logits = decoder.forward(batch.layout, **hook).logits[:, subject.first - 1 : -1]
     finally:
         decoder.model.train(was_training)
     wanted = batch.layout.input_ids[:, subject.first :, None]

@@ -76,7 +76,9 @@ class Head:
     def row(self) -> str:
         """A row of a Markdown table."""
         low, high = interval(self.effects)
-        values = f"{_mean(self.effects):+.3f} [{low:+.3f}, {high:+.3f}] | {_mean(self.estimates):+.3f} | {_mean(self.controls):+.3f}"
+        values = (
+            f"{_mean(self.effects):+.3f} [{low:+.3f}, {high:+.3f}] | {_mean(self.estimates):+.3f} | {_mean(self.controls):+.3f}"
+        )
         return f"| {self.layer} | {self.head} | {values} | {'yes' if self.found else ''} |"
 
 
@@ -166,7 +168,9 @@ def _places(decoder: Decoder) -> list[tuple[int, int]]:
     return [(layer, head) for layer in range(decoder.geometry.num_layers) for head in range(query_heads(decoder))]
 
 
-def _of_text(decoder: Decoder, subject: Subject, pairs: Pairs, rng: random.Random) -> tuple[list[float], list[float], list[float]]:
+def _of_text(
+    decoder: Decoder, subject: Subject, pairs: Pairs, rng: random.Random
+) -> tuple[list[float], list[float], list[float]]:
     """Effects, estimates and controls of all heads on one text."""
     where, elsewhere = subject.pairs(pairs), subject.pairs([(query, _other(query, key, rng)) for query, key in pairs])
     slope, places = gradients(decoder, subject), _places(decoder)
@@ -191,7 +195,7 @@ def _summed(
     for subject in subjects:
         edges = [Edges(head.layer, head.head, subject.pairs(where)) for head in found]
         whole, without = ablated(decoder, subject, [[], edges])
-        copy = Subject(_until(subject, start + length), start + 1)
+        copy = Subject.of(decoder, subject.layout.input_ids[0, : start + length].tolist(), start + 1)
         second.append(whole / (length - 1))
         cut.append(without / (length - 1))
         first.append(ablated(decoder, copy, [[]])[0] / (length - 1))
