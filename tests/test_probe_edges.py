@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from families import LAYERS, tiny_model, tiny_tokenizer
 
-from memory3.attention import KEYWORD
+from memory3.attention import KEYWORD, Trace
 from memory3.decoder import Decoder, attach
 from memory3.evaluate.masking import DistantMask
-from memory3.probe.edges import Edges, Subject, ablated, effects, gradients, log_likelihoods, query_heads
+from memory3.probe.edges import (
+    Edges,
+    Gated,
+    Subject,
+    ablated,
+    effects,
+    estimates,
+    gradients,
+    log_likelihoods,
+    query_heads,
+    weights,
+)
 from memory3.spec import MemorySpec, SpecError
 
 TEXTS = ["The tower was completed in 1889.", "Salt melts at 801 degrees."]
@@ -67,6 +79,13 @@ def test_cutting_distant_edges_of_a_head_is_the_mask_that_hides_distant_tokens(m
         wanted = plainly(decoder, subject, **{KEYWORD: DistantMask({1: [0]}, 4)})
         assert found == pytest.approx(float(wanted.sum()), abs=1e-4)
         assert abs(found - float(plainly(decoder, subject).sum())) > 1e-4
+
+
+class Zero(torch.nn.Module):
+    """Nothing of what comes in."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(states)
 
 
 def slopes(decoder: Decoder, step: float) -> list[tuple[float, float]]:
@@ -163,3 +182,43 @@ def test_a_query_is_not_left_without_any_key() -> None:
             ablated(decoder, subject, [[Edges(0, 0, subject.pairs([(0, 0)]))]])
         with pytest.raises(SpecError, match="first=18 of 18"):
             Subject.of(decoder, IDS, len(IDS))
+
+
+def test_weights_are_those_that_memory_received_and_sum_to_one(model: Any, tokenizer: Any) -> None:
+    with attach(model, tokenizer, SPARSE) as decoder:
+        subject = remembering(decoder)
+        found, trace = weights(decoder, subject), Trace(tokens_too=True)
+        assert subject.reading is not None
+        plainly(decoder, subject, reading=replace(subject.reading, trace=trace))
+        group = query_heads(decoder) // decoder.geometry.num_kv_heads
+        for layer in (0, 2):
+            paid = trace.tokens[layer][0].flatten(2).transpose(0, 1)  # (heads, Q, slots)
+            torch.testing.assert_close(found[layer, :group, :, : subject.slots], paid, atol=1e-5, rtol=1e-4)
+        assert float(found[1, :, :, : subject.slots].abs().max()) == 0.0
+        total = found.sum(-1)
+        assert float(total.max()) < 1 + 1e-5
+        if "sinks" not in "".join(name for name, _ in decoder.model.named_parameters()):
+            assert float(total.min()) > 1 - 1e-5
+
+
+def test_the_estimate_is_what_masking_an_edge_does_to_what_its_head_gives_on() -> None:
+    """In the last layer, without an MLP, norm or softmax behind it, nothing is left to be linear: the estimate is exact."""
+    model = doubled("llama")
+    last = model.model.layers[-1]
+    last.mlp, model.model.norm = torch.nn.Identity(), torch.nn.Identity()
+    last.post_attention_layernorm = Zero()
+    with attach(model, tokenizer=tiny_tokenizer(), spec=SPARSE) as decoder:
+        subject = Subject.of(decoder, IDS, len(IDS) - 1)
+        place = subject.columns - 2
+        for head, key in ((0, 1), (3, place)):
+            cut = subject.pairs([(place, key)])
+            with torch.no_grad():
+                before = decoder.forward(subject.layout).logits[0, place]
+                gates = torch.zeros(1, query_heads(decoder), *cut.shape, dtype=torch.float64)
+                gates[0, head].masked_fill_(cut, torch.finfo(torch.float64).min)
+                hook: dict[str, Any] = {KEYWORD: Gated(subject, {LAYERS - 1: gates})}
+                moved = before - decoder.forward(subject.layout, **hook).logits[0, place]
+            slope = before.softmax(-1).neg()
+            slope[IDS[-1]] += 1
+            estimate = estimates(decoder, subject)[LAYERS - 1, head, place, key]
+            assert float(estimate) == pytest.approx(float((slope * moved).sum()), rel=1e-6)

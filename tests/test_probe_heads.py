@@ -93,7 +93,7 @@ def test_the_seed_decides_and_the_document_says_what_the_table_says() -> None:
     made = json.loads(json.dumps(document(one, "copier", 8, 3)))
     assert [h["found"] for h in made["heads"]] == [head.found for head in one.heads]
     lines = table(one, most=3).splitlines()
-    assert [line.count("|") for line in lines[:5]] == [7] * 5
+    assert [line.count("|") for line in lines[:5]] == [8] * 5
     assert lines[2].startswith(
         f"| {made['heads'][0]['layer']} | {made['heads'][0]['head']} | {made['heads'][0]['effect']:+.3f}"
     )

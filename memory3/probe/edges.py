@@ -7,18 +7,20 @@ softmax: 1 is the model, 0 masks the edge. Keys are numbered over [slots of the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memory3.attention import KEYWORD, Attended, Original, Reading, States
+from memory3.attention import KEYWORD, Attended, Hook, Original, Reading, States
 from memory3.decoder import Decoder, Layout
 from memory3.spec import Memory, SpecError
 
 LARGEST = 2**25
 """Most gates of one layer in one forward pass; more cuts take more passes."""
+_SATURATED = 0.01
+"""Nearer to 1 a weight is not resolved: float32 would divide its own rounding by it."""
 
 
 @dataclass(frozen=True)
@@ -113,19 +115,48 @@ class Gated:
     def attend(self, original: Original, module: nn.Module, states: States, options: dict[str, Any]) -> Attended:
         """The original attention on joined keys; as it is where there is neither a gate nor a memory."""
         layer: int = module.layer_idx  # type: ignore[assignment]
-        reading, gates = self.subject.reading, self.log_gates.get(layer)
-        assert reading is None or reading.spec.layers is not None
-        remembers = reading is not None and layer in (reading.spec.layers or ())
-        if gates is None and not remembers:
+        gates = self.log_gates.get(layer)
+        if gates is None and not _remembers(self.subject, layer):
             return states.through(original, module, options)
-        visible = _additive(states)
-        if reading is not None and remembers:
-            states, seen = _joined(reading, layer, states)
-            visible = torch.cat([seen, visible.expand(*seen.shape[:3], -1)], -1)
-        elif gates is not None:
-            gates = gates[..., self.subject.slots :]
-        mask = visible if gates is None else _gated(visible, gates)
-        return replace(states, mask=mask).through(original, module, options)
+        joined, slots = whole(self.subject, layer, states)
+        if gates is not None:
+            assert joined.mask is not None
+            joined = replace(joined, mask=_gated(joined.mask, gates[..., self.subject.slots - slots :]))
+        return joined.through(original, module, options)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A `Hook` that notes the attention weights of every edge, whatever the implementation: keys get one-hot values.
+
+    `found[layer]` is `(H * G, L, slots + L)`; a sink's share is missing from its sums.
+    """
+
+    subject: Subject
+    found: dict[int, Tensor] = field(default_factory=dict)
+
+    def attend(self, original: Original, module: nn.Module, states: States, options: dict[str, Any]) -> Attended:
+        """The original attention on joined keys, and once more for the weights."""
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        joined, slots = whole(self.subject, layer, states)
+        keys = joined.key.shape[2]
+        hot = torch.eye(keys, dtype=joined.value.dtype, device=joined.value.device).expand(*joined.value.shape[:2], -1, -1)
+        weights = replace(joined, value=hot).through(original, module, options)[0][0].transpose(0, 1)  # (H * G, L, keys)
+        self.found[layer] = nn.functional.pad(weights, (self.subject.slots - slots, 0))
+        return joined.through(original, module, options)
+
+
+def _remembers(subject: Subject, layer: int) -> bool:
+    return subject.reading is not None and layer in (subject.reading.spec.layers or ())
+
+
+def whole(subject: Subject, layer: int, states: States) -> tuple[States, int]:
+    """States of one layer with its memories among the keys and all visibility in an additive mask, and how many slots it has."""
+    visible = _additive(states)
+    if subject.reading is None or not _remembers(subject, layer):
+        return replace(states, mask=visible), 0
+    states, seen = _joined(subject.reading, layer, states)
+    return replace(states, mask=torch.cat([seen, visible.expand(*seen.shape[:3], -1)], -1)), subject.slots
 
 
 def _additive(states: States) -> Tensor:
@@ -188,16 +219,28 @@ def log_likelihoods(decoder: Decoder, subject: Subject, log_gates: Mapping[int, 
     """Log-probability in nats of each token that counts, `(B, T)`, float32 or more; `B` is that of the gates."""
     gates = log_gates or {}
     batch = subject.repeated(next((len(g) for g in gates.values()), 1))
+    return _foretold(decoder, batch, Gated(batch, gates))
+
+
+def _foretold(decoder: Decoder, batch: Subject, hook: Hook) -> Tensor:
     was_training = decoder.model.training
+    options: dict[str, Any] = {KEYWORD: hook}
     decoder.model.eval()
     try:
-        hook: dict[str, Any] = {KEYWORD: Gated(batch, gates)}
-        logits = decoder.forward(batch.layout, **hook).logits[:, subject.first - 1 : -1]
+        logits = decoder.forward(batch.layout, **options).logits[:, batch.first - 1 : -1]
     finally:
         decoder.model.train(was_training)
-    wanted = batch.layout.input_ids[:, subject.first :, None]
+    wanted = batch.layout.input_ids[:, batch.first :, None]
     precise: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return precise.gather(-1, wanted)[..., 0]
+
+
+@torch.no_grad()
+def weights(decoder: Decoder, subject: Subject) -> Tensor:
+    """Attention weight of every edge under the joint softmax, `(layers, H * G, L, slots + L)`."""
+    hook = Weighed(subject)
+    _foretold(decoder, subject, hook)
+    return torch.stack([hook.found[layer] for layer in range(decoder.geometry.num_layers)])
 
 
 def query_heads(decoder: Decoder) -> int:
@@ -219,6 +262,16 @@ def gradients(decoder: Decoder, subject: Subject) -> Tensor:
         }
         total = log_likelihoods(decoder, subject, gates).sum()
         return torch.cat(torch.autograd.grad(total, list(gates.values())))
+
+
+def estimates(decoder: Decoder, subject: Subject) -> Tensor:
+    """What masking every edge alone would cost in nats, estimated from one backward pass, `(layers, H * G, L, slots + L)`.
+
+    Where one key has nearly all the attention, its gate's derivative is nearly 0, though the head has nothing without it.
+    Masking an edge of weight w moves the head's output by 1 / (1 - w) times what the derivative says; that is made good
+    here, and the rest of the model is taken as linear.
+    """
+    return gradients(decoder, subject) / (1 - weights(decoder, subject)).clamp(min=_SATURATED)
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ is measured. Control: as many edges of the same queries to other tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from memory3.decoder import Decoder
-from memory3.probe.edges import Edges, Subject, ablated, gradients, query_heads
+from memory3.evaluate.given import Tell
+from memory3.probe.edges import Edges, Subject, ablated, estimates, gradients, query_heads
 from memory3.scoring import interval
 from memory3.spec import SpecError
 
@@ -58,13 +59,15 @@ class Head:
 
     Args:
         effects: by ablation.
-        estimates: by gradient.
+        gradients: the sum of the edges' derivatives by their gates.
+        estimates: the same with saturation made good (`memory3.probe.edges.estimates`).
         controls: by ablation of as many edges of the same queries to other tokens.
     """
 
     layer: int
     head: int
     effects: tuple[float, ...]
+    gradients: tuple[float, ...]
     estimates: tuple[float, ...]
     controls: tuple[float, ...]
 
@@ -76,9 +79,8 @@ class Head:
     def row(self) -> str:
         """A row of a Markdown table."""
         low, high = interval(self.effects)
-        values = (
-            f"{_mean(self.effects):+.3f} [{low:+.3f}, {high:+.3f}] | {_mean(self.estimates):+.3f} | {_mean(self.controls):+.3f}"
-        )
+        others = (self.gradients, self.estimates, self.controls)
+        values = " | ".join([f"{_mean(self.effects):+.3f} [{low:+.3f}, {high:+.3f}]", *(f"{_mean(o):+.3f}" for o in others)])
         return f"| {self.layer} | {self.head} | {values} | {'yes' if self.found else ''} |"
 
 
@@ -129,7 +131,7 @@ def heads_of(
     length: int = 24,
     texts: int = 8,
     seed: int = 0,
-    tell: Callable[[int, int], None] | None = None,
+    tell: Tell | None = None,
 ) -> Heads:
     """Measure a pattern at every query head of a model, closed book.
 
@@ -158,7 +160,7 @@ def heads_of(
             tell(n + 1, texts)
     count, places = length - 1, _places(decoder)
     heads = [
-        Head(*place, *(tuple(one[row][n] / count for one in measured) for row in range(3))) for n, place in enumerate(places)
+        Head(*place, *(tuple(one[row][n] / count for one in measured) for row in range(4))) for n, place in enumerate(places)
     ]
     heads.sort(key=lambda head: (-_mean(head.effects), head.layer, head.head))
     return _summed(decoder, pattern, heads, subjects, start, length)
@@ -168,17 +170,18 @@ def _places(decoder: Decoder) -> list[tuple[int, int]]:
     return [(layer, head) for layer in range(decoder.geometry.num_layers) for head in range(query_heads(decoder))]
 
 
-def _of_text(
-    decoder: Decoder, subject: Subject, pairs: Pairs, rng: random.Random
-) -> tuple[list[float], list[float], list[float]]:
-    """Effects, estimates and controls of all heads on one text."""
+def _of_text(decoder: Decoder, subject: Subject, pairs: Pairs, rng: random.Random) -> tuple[list[float], ...]:
+    """Effects, gradients, estimates and controls of all heads on one text."""
     where, elsewhere = subject.pairs(pairs), subject.pairs([(query, _other(query, key, rng)) for query, key in pairs])
-    slope, places = gradients(decoder, subject), _places(decoder)
+    places = _places(decoder)
     cuts = [[Edges(layer, head, edges)] for edges in (where, elsewhere) for layer, head in places]
     whole, *without = ablated(decoder, subject, [[], *cuts])
     fell = [whole - one for one in without]
-    estimates = [float(slope[layer, head][where].sum()) for layer, head in places]
-    return fell[: len(places)], estimates, fell[len(places) :]
+    slopes = [
+        [float(slope[layer, head][where].sum()) for layer, head in places]
+        for slope in (gradients(decoder, subject), estimates(decoder, subject))
+    ]
+    return fell[: len(places)], *slopes, fell[len(places) :]
 
 
 def _other(query: int, key: int, rng: random.Random) -> int:
@@ -205,8 +208,8 @@ def _summed(
 def table(heads: Heads, most: int = 12) -> str:
     """A Markdown table of the heads that are worth most, and what they do together."""
     lines = [
-        f"| layer | head | worth by ablation, nats per token [95 % interval] | by gradient | control | {heads.pattern} head |",
-        "|---|---|---|---|---|---|",
+        f"| layer | head | worth by ablation, nats per token [95 % interval] | gradient | estimate | control | {heads.pattern} head |",
+        "|---|---|---|---|---|---|---|",
         *(head.row() for head in heads.heads[:most]),
         "",
         f"{len(heads.found)} of {len(heads.heads)} heads found. Log-likelihood per token: first copy {heads.first:.3f}, second copy "
@@ -232,6 +235,7 @@ def document(heads: Heads, model: str, length: int, seed: int) -> dict[str, obje
                 "head": head.head,
                 "effect": _mean(head.effects),
                 "interval": list(interval(head.effects)),
+                "gradient": _mean(head.gradients),
                 "estimate": _mean(head.estimates),
                 "control": _mean(head.controls),
                 "found": head.found,
