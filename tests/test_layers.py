@@ -50,6 +50,7 @@ ROWS = [
         "evaluate.outcomes",
         "evaluate.asking",
         "probe.facts",
+        "probe.edges",
     ],
     ["train.kept"],
     [
@@ -86,7 +87,6 @@ ROWS = [
         "evaluate.heads",
         "evaluate.ann",
         "evaluate.fusion",
-        "probe.edges",
     ],
     ["train.teaching", "evaluate.likelihood", "evaluate.speed", "probe.heads", "probe.answers"],
     ["train.convert", "train.inputs", "evaluate.variations", "probe.knowledge"],

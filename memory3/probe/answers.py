@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from memory3.answering import question_prompt
@@ -23,8 +24,8 @@ from memory3.spec import Reference, SourceError
 
 SHARE = 0.9
 """Of what memory adds to the answer's log-likelihood, the carrying heads alone keep so much."""
-CANDIDATES = 96
-"""Edges with the largest estimates, which are cut one by one."""
+CANDIDATES = 64
+"""Edges from memory with the largest estimates, and as many inside the context, which are cut one by one."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Circuit:
         alone: the same where only the carrying heads read memory.
         heads: all query heads that read memory, the largest effect first.
         carriers: as few of the first of them as keep `SHARE` of what memory adds; empty where it adds nothing.
-        edges: the strongest single edges from memory and inside the context, largest effect first.
+        edges: the strongest single edges from memory, and as many inside the context, largest effect first.
         context: tokens of prompt and answer; the answer's are the last `answered`.
     """
 
@@ -111,7 +112,7 @@ def circuit_of(
         recall: brings memories.
         config: of generation; by default the model's own.
         max_new_tokens: most tokens of the answer.
-        edges: most single edges.
+        edges: most single edges from memory, and as many inside the context.
         tell: told of passes done.
 
     Raises:
@@ -135,7 +136,12 @@ def circuit_of(
     count = count if whole > without else 0
     tell(3, 4)
     name = _Names(decoder, subject, references)
-    found = _edges(decoder, subject, estimated, whole, name)[:edges]
+    found = [
+        edge
+        for kind in (slice(0, subject.slots), slice(subject.slots + len(decoder.prefix_ids), None))
+        for edge in _edges(decoder, subject, estimated, kind, whole, name)[:edges]
+    ]
+    found.sort(key=lambda edge: -edge.effect)
     tell(4, 4)
     text = str(decoder.tokenizer.decode(said, skip_special_tokens=True)).strip()
     context = tuple(name(0, 0, subject.slots + n) for n in range(len(decoder.prefix_ids), subject.columns))
@@ -186,20 +192,28 @@ def _nested(decoder: Decoder, subject: Subject, heads: Sequence[Head]) -> list[f
     return ablated(decoder, subject, [[], cut, *(cut[n:] for n in range(len(cut) + 1))])
 
 
-def _edges(decoder: Decoder, subject: Subject, estimated: Tensor, whole: float, name: _Names) -> list[Edge]:
-    """The edges with the largest estimates, by ablation; none from or to the reference BOS, which holds nothing of the question."""
-    sizes, slots = estimated.abs().clone(), subject.slots
+def _edges(decoder: Decoder, subject: Subject, estimated: Tensor, kind: slice, whole: float, name: _Names) -> list[Edge]:
+    """Of the edges from some keys those with the largest estimates, by ablation, largest effect first.
+
+    What happens inside the reference BOS, which knows nothing of the question, is left out.
+    """
+    sizes = estimated[..., kind].abs()
     sizes[:, :, : len(decoder.prefix_ids)] = 0
-    strongest = sizes.flatten().topk(min(CANDIDATES, sizes.numel())).indices.tolist()
-    heads, columns, keys = estimated.shape[1:]
-    places = [(n // (heads * columns * keys), n // (columns * keys) % heads, n // keys % columns, n % keys) for n in strongest]
-    places = [place for place in places if float(estimated[place]) and not slots <= place[3] < slots + len(decoder.prefix_ids)]
+    strongest = sizes.flatten().topk(min(CANDIDATES, sizes.numel())).indices
+    axes = [axis.tolist() for axis in torch.unravel_index(strongest, sizes.shape)]
+    offset = kind.start or 0
+    places = [(n, h, q, offset + k) for n, h, q, k in zip(*axes, strict=True) if float(sizes[n, h, q, k])]
     cuts = [[Edges(layer, head, subject.pairs([(query, key)]))] for layer, head, query, key in places]
     found = [
         Edge(
-            *place[:2], name(*place[:2], place[3]), name(*place[:2], slots + place[2]), whole - without, float(estimated[place])
+            layer,
+            head,
+            name(layer, head, key),
+            name(layer, head, subject.slots + query),
+            whole - without,
+            float(estimated[layer, head, query, key]),
         )
-        for place, without in zip(places, ablated(decoder, subject, cuts), strict=True)
+        for (layer, head, query, key), without in zip(places, ablated(decoder, subject, cuts), strict=True)
     ]
     return sorted(found, key=lambda edge: -edge.effect)
 
