@@ -284,7 +284,8 @@ def described(verdict: Verdict) -> str:
     lines = [f"{verdict.fact.id} ({verdict.fact.relation}, {kind}): {', '.join(names)}"]
     for prefix, steps in {"no prefix": verdict.without, **verdict.given}.items():
         served = " serves" if prefix in verdict.serving else ""
-        lines.append(f"  {prefix:<15} {'  '.join(_least(prefix, n, one) for n, one in enumerate(steps))}{served}")
+        least = "  ".join(_least(prefix, n, one) for n, one in enumerate(steps))
+        lines.append(f"  {prefix:<15} {least}{served}".rstrip())
     for prefix, said in verdict.said.items():
         lines.append(f"  says behind {prefix}: {' | '.join(said)} ({'agree' if verdict.agree(prefix) else 'differ'})")
     return "\n".join(lines)
