@@ -17,6 +17,7 @@ from memory3.bank import Bank
 from memory3.decoder import Decoder, attach
 from memory3.generation import complete
 from memory3.probe.answers import SHARE, Circuit, _subject, circuit_of, described, document
+from memory3.probe.edges import Edges, effects
 from memory3.recall import Recall
 from memory3.spec import MemorySpec, Reference, SourceError
 from memory3.splitting import references
@@ -82,6 +83,25 @@ def test_named_tokens_are_those_of_the_reference_and_of_the_context(tmp_path: Pa
         for edge in inside:
             assert found.context[edge.key.place] == edge.key and found.context[edge.query.place] == edge.query
             assert edge.key.place <= edge.query.place
+
+
+def test_a_named_edge_is_the_one_that_was_cut(tmp_path: Path) -> None:
+    """The slot is looked up again from what its name says: the reference, the head and the kept token."""
+    found, decoder, bank = of_tiny("llama", tmp_path, max_new_tokens=6)
+    with decoder:
+        prompt = question_prompt(decoder, found.question)
+        [done] = complete(decoder, [prompt], recall=Recall(bank), max_new_tokens=6)
+        recalls = [r for _, r in done.recalls]
+        subject, _ = _subject(decoder, prompt, done.ids[: found.answered], recalls)
+        for edge in (edge for edge in found.edges if edge.key.reference is not None):
+            assert edge.key.reference is not None
+            memory = recalls[0].memories[edge.key.reference]
+            row = {(0, 0): 0, (0, 1): 1, (2, 1): 2}[edge.layer, edge.head // 2]
+            slot = edge.key.reference * memory.count + memory.positions[row].tolist().index(edge.key.place)
+            query = len(decoder.prefix_ids) + edge.query.place
+            [effect] = effects(decoder, subject, [[Edges(edge.layer, edge.head, subject.pairs([(query, slot)]))]])
+            assert effect == pytest.approx(edge.effect, abs=1e-4)
+        assert len({edge.key.reference for edge in found.edges}) > 2  # of more than one memory, and of the context
 
 
 def test_few_heads_of_the_shipped_model_carry_an_answer_from_the_right_note(shipped: Circuit) -> None:

@@ -50,7 +50,9 @@ def test_its_previous_token_heads_are_found_and_no_others() -> None:
 
 
 def test_cut_edges_cost_and_as_many_others_do_not() -> None:
-    for head in of_copier("induction").found:
+    found = of_copier("induction").found
+    assert len(found) == 4
+    for head in found:
         assert min(head.effects) > 10 * max(map(abs, head.controls))
         assert min(head.estimates) > 0
 
