@@ -33,7 +33,7 @@ def of_tiny(name: str, folder: Path, **options: int) -> tuple[Circuit, Decoder, 
     decoder = attach(tiny_model(name), tiny_tokenizer(), SPEC)
     bank = Bank(folder / "bank", decoder, create=True)
     write(decoder, [Reference(fact) for fact in FACTS], bank)
-    return circuit_of(decoder, "When was the tower completed?", Recall(bank), **options), decoder, bank
+    return circuit_of(decoder, "When was the tower of salt completed?", Recall(bank), **options), decoder, bank
 
 
 @pytest.fixture(scope="module")
