@@ -9,7 +9,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from memory3.evaluate.picture import pyplot_module, printable
+from memory3.evaluate.picture import printable, pyplot_module
 from memory3.probe.answers import Circuit, Edge, Node
 
 MEMORY, CONTEXT, OTHER = "#d95f0e", "#2b6ca3", "#888888"
