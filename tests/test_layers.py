@@ -15,6 +15,7 @@ ROWS = [
     [
         "attention",
         "cache",
+        "cost",
         "rotation",
         "identity",
         "selection",
