@@ -411,6 +411,6 @@ def intervals(formats: Sequence[Costed]) -> list[Interval]:
         if not meets:
             return [*found, Interval(now.name, least, float("inf"))]
         most, _, n = min(meets)
-        if most > least:
-            found.append(Interval(now.name, least, most))
-        least, now = max(least, most), formats[n]
+        most = max(least, most)  # rounding may say less where three lines meet
+        found.append(Interval(now.name, least, most))
+        least, now = most, formats[n]

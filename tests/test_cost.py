@@ -261,6 +261,11 @@ def test_a_format_that_is_never_cheapest_has_no_interval() -> None:
     assert [i.name for i in intervals([Format("text", 0.0, 1.0), dear, Format("memory", 5.0, 0.0)])] == ["text", "memory"]
 
 
+def test_a_format_that_is_cheapest_at_one_point_alone_has_none_either() -> None:
+    meeting = [Format("text", 0.0, 2.0), Format("memory", 2.0, 1.0), Format("parameters", 4.0, 0.0)]
+    assert [(i.name, i.least) for i in intervals(meeting)] == [("text", 0), ("parameters", 2)]
+
+
 def test_ties_go_to_the_first() -> None:
     assert cheapest(2, [Format("a", 0.0, 1.0), Format("b", 2.0, 0.0)]).name == "a"
 
