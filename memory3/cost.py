@@ -388,6 +388,11 @@ def least_total(uses: Iterable[float], formats: Sequence[Costed]) -> float:
     return sum(total(n, cheapest(n, formats)) for n in uses)
 
 
+def three_digits(value: float) -> str:
+    """`0.494`, `13,400`, `1.44e+08`: for people."""
+    return f"{float(f'{value:.3g}'):,g}" if value < 1e6 else f"{value:.3g}"
+
+
 @dataclass(frozen=True)
 class Interval:
     """A format is cheapest between so many uses, the ends included; `most` is infinite for the last one."""
