@@ -16,6 +16,7 @@ ROWS = [
         "attention",
         "cache",
         "cost",
+        "uses",
         "rotation",
         "identity",
         "selection",
