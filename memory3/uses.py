@@ -210,8 +210,8 @@ def expected_uses(history: History, created: dict[str, float], days: float) -> d
             "found no recalls in the history of this bank, expected some: use it first, or give the expected uses of a file"
         )
     k = log(2) / history.half_life_days
-    # An hour at least: what was written and recalled a second ago is no thousand uses a day.
-    ages = {id: max(1 / 24, (history.now - max(history.began, at)) / DAY_S) for id, at in created.items()}
+    # A day at least: what was written and recalled within one minute is no thousand uses a day, and use has a daily rhythm.
+    ages = {id: max(1.0, (history.now - max(history.began, at)) / DAY_S) for id, at in created.items()}
     exposures = {id: -expm1(-k * t) / k for id, t in ages.items()}
     chances = {id: -expm1(-2 * k * t) / (2 * k) for id, t in ages.items()}
     weight = sum(exposures.values())

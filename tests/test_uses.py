@@ -93,6 +93,8 @@ def test_a_clock_that_runs_backwards_takes_no_count(uses: Uses, clock: Clock) ->
     clock.now -= DAY_S
     uses.count(["a"])
     assert uses.history().uses["a"].score == 2
+    clock.now += DAY_S
+    assert uses.history().uses["a"].score == 2
 
 
 def test_counts_of_several_processes_add_up(uses: Uses) -> None:
@@ -194,7 +196,7 @@ def test_a_rebuilt_bank_goes_on_with_its_history(bank: Bank, decoder: Decoder) -
 
 # ---- what is to be expected ----
 
-DAYS = st.floats(0.1, 2000)
+DAYS = st.floats(1, 2000)
 CREATED = dict.fromkeys("abcdefgh", 0.0)
 
 
@@ -227,6 +229,22 @@ def test_the_unseen_are_expected_to_be_used_less_than_the_seen_but_not_never() -
 def test_differences_that_chance_explains_are_smoothed_away() -> None:
     found = expected_uses(history({id: 1.0 + (id < "e") * 0.1 for id in CREATED}), CREATED, 10)
     assert len({round(value, 9) for value in found.values()}) == 1
+
+
+def test_the_estimate_is_the_credibility_formula() -> None:
+    """After a time without end: exposure 1 / k, its variance 1 / (2 k), and the mean of four rates 3 k."""
+    found = expected_uses(history({"a": 10.0, "b": 2.0}, days=1e6), dict.fromkeys("abcd", 0.0), 1.0)
+    k = 0.6931471805599453 / 30
+    mean, noise = 3 * k, 3 * k * k / 2
+    between = k * k * (7**2 + 1**2 + 3**2 + 3**2) / 4 - noise
+    weight = between / (between + noise)
+    assert found["a"] == pytest.approx(mean + weight * 7 * k)
+    assert found["c"] == pytest.approx(mean - weight * 3 * k)
+
+
+def test_what_is_a_minute_old_is_judged_as_if_it_were_a_day() -> None:
+    minute, day = (expected_uses(history({"a": 3.0}, days), CREATED, 1.0) for days in (1 / 1440, 1))
+    assert minute == pytest.approx(day)
 
 
 def test_a_steady_use_is_expected_to_go_on(uses: Uses, clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""`memory3 cost`: what each form of knowledge costs, and the cheapest by its use."""
+"""`memory3 cost` and `plan`: what each form of knowledge costs, and the cheapest for its use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from memory3.cli.common import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from memory3.bank import Bank
     from memory3.cost import Format, Priced, Prices, Timed
+    from memory3.hierarchy.planning import Plan, Text
     from memory3.hierarchy.sizes import Sizes
 
 Rank = Annotated[int | None, typer.Option(min=1, help="Rank of adapters: low-rank training as a further format.")]
@@ -204,3 +206,114 @@ def _print_costs(made: dict[str, Any]) -> None:
             end = "on" if part["most"] is None else f"to {digits(part['most'])}"
             uses = f"from {digits(part['least'])} {end}"
         print(f"{row['name']:12} {digits(row['write']):>14} {digits(row['read']):>14} {row['bytes']:10,}  {uses}")
+
+
+def plan(
+    bank: Annotated[str, typer.Option(help="Folder of the bank.")],
+    model: Model = None,
+    uses: Annotated[
+        Path | None,
+        typer.Option(help='Expected uses, {"id": "…", "uses": 3} a line; by default from the recall history of the bank.'),
+    ] = None,
+    horizon: Annotated[float, typer.Option(min=0.001, help="Days to plan for.")] = 30.0,
+    half_life: Annotated[
+        float | None, typer.Option(help="First let recalls count half after so many days, from now on.")
+    ] = None,
+    written: Annotated[
+        bool, typer.Option("--written", help="Memories of the bank are paid for: only what is still to come counts.")
+    ] = False,
+    references: Together = 1,
+    rank: Rank = None,
+    train_length: TrainLength = 2048,
+    passes: Passes = 1,
+    tflops: Tflops = None,
+    price_hour: PriceHour = None,
+    price_gb_month: PriceGbMonth = 0.0,
+    out: Annotated[Path | None, typer.Option(help="Plan to write, as JSON.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Picture to draw: .png, .svg, .pdf.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the cheapest form of every reference of a bank for the uses that it can expect."""
+    from memory3.bank import Bank
+    from memory3.evaluate.picture import check_picture
+    from memory3.hierarchy.planning import plan as plan_bank
+    from memory3.hierarchy.planning import texts_of, uses_in, uses_of
+
+    if picture is not None:
+        check_picture(picture)
+    _check_units(None, False, tflops, price_hour, price_gb_month, None)
+    prices = None if price_hour is None else _prices(price_hour, price_gb_month, horizon)
+    options = {"references": references, "rank": rank, "train_length": train_length, "passes": passes}
+    with Bank(bank) as opened:
+        sizes = _sizes_of_bank(opened, model)
+        if half_life is not None:
+            opened.uses.set_half_life(half_life)
+        texts = texts_of(opened)
+        expected = uses_of(opened, horizon) if uses is None else uses_in(uses, texts)
+        created, record_bytes = opened.manifest.created, opened.record_bytes
+    unit = "money" if prices else "s" if tflops else "FLOP"
+
+    def forms(text: Text) -> Sequence[Format | Timed | Priced]:
+        return in_unit(_forms(sizes, text, record_bytes, written, options), tflops, prices)[0]
+
+    made = plan_bank(texts, expected, forms, bank=created, days=horizon, unit=unit)
+    if out is not None:
+        made.save(out)
+    if picture is not None:
+        from memory3.hierarchy.picture import draw_plan
+
+        draw_plan(made, f"{bank}: {len(texts):,} references", picture)
+    print(json.dumps(_planned(made))) if as_json else _print_plan(made)
+
+
+def _sizes_of_bank(bank: Bank, model: str | None) -> Sizes:
+    """Of the model that wrote the bank, with the spec of the bank."""
+    from memory3.hierarchy.sizes import sizes_of
+    from memory3.spec import BankMismatch, MemorySpec, SpecError
+
+    identity = bank.manifest.identity
+    try:
+        sizes = sizes_of(model, MemorySpec.from_json(identity["spec"]))
+    except SpecError:
+        sizes = None
+    if sizes is None or sizes.shape.head_dim != identity["head_dim"]:
+        raise BankMismatch(
+            f"{bank.address} was written by {identity['model']}, its memories do not fit {model or 'the model that ships'}: "
+            "give the model that wrote it with --model"
+        )
+    return sizes
+
+
+def _forms(sizes: Sizes, text: Text, record_bytes: int, written: bool, options: dict[str, Any]) -> list[Format]:
+    from dataclasses import replace
+
+    from memory3.cost import formats
+
+    spec = replace(sizes.spec, reference_length=max(1, text.tokens))
+    found = formats(sizes.shape, spec, record_bytes=record_bytes, text_bytes=text.bytes, **options)
+    return [replace(f, write_flops=0.0) if written and f.name == "memory" else f for f in found]
+
+
+def _planned(made: Plan) -> dict[str, Any]:
+    return {
+        "unit": made.unit,
+        "days": made.days,
+        "references": len(made.references),
+        "uses": sum(r.uses for r in made.references),
+        "cost": made.planned,
+        "tiers": [
+            {"name": name, "references": count, "uses": uses, "cost_of_all": made.alone[name]}
+            for name, (count, uses) in made.tiers.items()
+        ],
+    }
+
+
+def _print_plan(made: Plan) -> None:
+    from memory3.cost import three_digits as digits
+
+    print(f"{'':12} {'references':>10} {'uses':>12} {'all so, ' + made.unit:>16}")
+    for name, (count, uses) in made.tiers.items():
+        print(f"{name:12} {count:10,} {digits(uses):>12} {digits(made.alone[name]):>16}")
+    print(f"the plan costs {digits(made.planned)} {made.unit} in {made.days:g} days; the most used:")
+    for row in made.references[:5]:
+        print(f"  {row.id}  {digits(row.uses):>8} uses  {row.tier}")

@@ -1,4 +1,4 @@
-"""Pictures of the hierarchy: what each format costs over its uses (the paper's Figure 4)."""
+"""Pictures of the hierarchy: what each format costs over its uses (the paper's Figure 4), and the plan of a bank."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from memory3.cost import Costed, cheapest, intervals, three_digits, total
 from memory3.evaluate.picture import pyplot_module
+from memory3.hierarchy.planning import Plan
 
 COLOURS = {"text": "#2b6cb0", "memory": "#c05621", "low-rank": "#718096", "parameters": "#2f855a"}
 
@@ -54,3 +55,31 @@ def _name_parts(axes: Any, parts: Sequence[tuple[str, float, float]]) -> None:
 def _write_above(axes: Any, place: float, height: float, words: str, colour: str) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     axes.annotate(words, (place, height), xycoords=("data", "axes fraction"), ha="center", fontsize=9, color=colour, bbox=box)
+
+
+def draw_plan(plan: Plan, title: str, path: Path) -> None:
+    """Draw the expected uses of every reference by rank, in the colour of its form, and the total cost beside each form's alone."""
+    pyplot = pyplot_module()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 4.2), constrained_layout=True)
+    for name, (count, _) in plan.tiers.items():
+        rows = [(n, r.uses) for n, r in enumerate(plan.references, 1) if r.tier == name and r.uses > 0]
+        label = f"{name}: {count:,} references"
+        left.plot([n for n, _ in rows], [u for _, u in rows], "o", markersize=3, color=COLOURS.get(name), label=label)
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_xlabel("reference, the most used first")
+    left.set_ylabel(f"expected uses in {plan.days:g} days")
+    left.legend(fontsize=8)
+    names, costs = ["the plan", *plan.alone], [plan.planned, *plan.alone.values()]
+    bars = right.barh(range(len(names)), costs, color=["#ecc94b", *(COLOURS.get(name, "#777777") for name in plan.alone)])
+    right.bar_label(bars, [three_digits(cost) for cost in costs], padding=3, fontsize=8)
+    right.set_yticks(range(len(names)), ["the plan", *(f"all {name}" for name in plan.alone)])
+    right.set_xlim(0, 1.2 * max(costs))
+    right.invert_yaxis()
+    right.set_xlabel(f"writing and all uses, {plan.unit}")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
