@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from memory3.bank import Bank
 from memory3.cli import app
-from memory3.cost import PRESETS, formats
+from memory3.cost import PRESETS, formats, text_read_flops
 from memory3.decoder import attach
 from memory3.hierarchy.planning import Plan, Text, plan, uses_in
+from memory3.hierarchy.sizes import sizes_of
 from memory3.recall import Recall
 from memory3.spec import BankMismatch, MemorySpec, Reference, SourceError
 from memory3.writing import write
@@ -163,6 +164,17 @@ def test_storage_that_costs_is_weighed(bank: Path, model: Path) -> None:
     free, dear = (document(bank, model, *priced, price) for price in (0, 1e6))
     assert free["unit"] == dear["unit"] == "money"
     assert dear["tiers"][1]["cost_of_all"] > free["tiers"][1]["cost_of_all"]
+
+
+def test_costs_are_those_of_each_references_own_tokens_and_bytes(bank: Path, model: Path, tmp_path: Path) -> None:
+    file, sizes = tmp_path / "uses.jsonl", sizes_of(model)
+    file.write_text(f'{{"id": "{SALT}", "uses": 2}}\n')
+    own = replace(sizes.spec, reference_length=len(WORDS[1]))  # the tiny tokenizer has a token for each byte
+    text = document(bank, model, "--uses", file)["tiers"][0]
+    assert text["cost_of_all"] == 2 * text_read_flops(sizes.shape, own)
+    stored = ["--tflops", 1, "--price-hour", 0, "--price-gb-month", 1e9]
+    kept = document(bank, model, "--uses", file, *stored)["tiers"][0]
+    assert kept["cost_of_all"] == pytest.approx(sum(map(len, WORDS)))
 
 
 def test_a_half_life_can_be_set(bank: Path, model: Path) -> None:
