@@ -314,6 +314,6 @@ def _print_plan(made: Plan) -> None:
     print(f"{'':12} {'references':>10} {'uses':>12} {'all so, ' + made.unit:>16}")
     for name, (count, uses) in made.tiers.items():
         print(f"{name:12} {count:10,} {digits(uses):>12} {digits(made.alone[name]):>16}")
-    print(f"the plan costs {digits(made.planned)} {made.unit} in {made.days:g} days; the most used:")
+    print(f"the plan costs {digits(made.planned)} {made.unit} over {made.days:g} days; the most used:")
     for row in made.references[:5]:
         print(f"  {row.id}  {digits(row.uses):>8} uses  {row.tier}")
