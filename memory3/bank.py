@@ -24,6 +24,8 @@ from memory3.reader import BankReader, MemoryWriter, version_name
 from memory3.record import Codec
 from memory3.shards import Shards
 from memory3.spec import BankError, BankMismatch, Memory, Reference
+from memory3.states import Version
+from memory3.uses import USES, Uses
 
 __all__ = ["Bank"]
 
@@ -71,6 +73,7 @@ class Bank(BankReader):
             self._create(create, decoder, codec, max_shard_bytes, embedder)
         self._guard.remember()
         manifest = Manifest.load(self.path)
+        self.uses = Uses(self.path / USES)
         self._shards = Shards(self.path / SHARDS, manifest.record_bytes, manifest.records_per_shard)
         catalogue = Catalogue(self.path / FOLDER)
         super().__init__(str(self.path), decoder, manifest, catalogue, self._shards, embedder, at)
@@ -180,6 +183,7 @@ class Bank(BankReader):
                     self._catalogue.move(dict(zip(ids, moved, strict=True)))
                 self._shards.remove(old)
             self._catalogue.optimise()
+            self.uses.tidy(self.missing)
             return before - self._shards.total_bytes()
 
     def embed(
@@ -216,6 +220,11 @@ class Bank(BankReader):
         """Keep a state no longer; `BankError` where no state has the name."""
         with self.exclusive():
             self._catalogue.states.untag(name)
+
+    def count_uses(self, ids: Sequence[str], since: Version) -> None:
+        """Note in the use history that these were recalled from the bank as it was at `since`; looks at earlier states do not count."""
+        if self.at is None:
+            self.uses.count(ids, lambda ids: [] if self.version == since else self.missing(ids))
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Be the only writer inside the block, across processes; may be nested. A deletion that a kill interrupted is
@@ -297,6 +306,7 @@ class Bank(BankReader):
         self._catalogue.delete(list(deletion.places))
         self._shards.erase(deletion.places.values())
         self._catalogue.purge()
+        self.uses.forget(deletion.places)
         Deletion.clear(self.path)
 
     def _refuse_without_model(self) -> None:

@@ -175,6 +175,9 @@ class BankReader:
             memories = [self._read(id, places[id], device) for id in ids]
         return [self._in_dtype(memory) for memory in memories]
 
+    def count_uses(self, ids: Sequence[str], since: Version) -> None:
+        """Note that these were recalled; a bank that is only read keeps no history."""
+
     def search(self, query: str, k: int) -> list[Hit]:
         """The `k` memories whose text shares most with the words of the query (BM25); score descending, then id."""
         return self._catalogue.search(query, k)

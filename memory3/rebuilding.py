@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -71,6 +72,8 @@ def rebuild(
             _forget_what_went(bank, target, names)
             if len(names) != len(bank) or target.missing(id for now in names.values() for id in now):
                 raise BankError(f"{fresh} lacks texts of {path}, expected all of them: run the same command again")
+            with suppress(BankError):  # a damaged history is not worth a rebuild
+                target.uses.take(bank.uses.history(), names)
         with (fresh / RENAMED).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"old": id, "new": now}) + "\n" for id, now in names.items())
             file.flush()

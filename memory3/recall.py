@@ -218,6 +218,7 @@ class Recall:
                 held[b, id] = memory
                 self.cache.put((b, id), memory)
             bytes_read += len(absent) * bank.record_bytes
+            bank.count_uses(ids, self._versions[b])
         hits = tuple(hit for _, hit in places)
         versions = tuple(map(version_name, self._versions))
         return Recalled(query, hits, tuple(held[k] for k in keys), tuple(texts[k] for k in keys), bytes_read, versions)

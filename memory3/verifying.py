@@ -16,6 +16,7 @@ from memory3.catalogue import FOLDER
 from memory3.journal import JOURNAL
 from memory3.record import ID_OFFSET
 from memory3.spec import BankError, Reference
+from memory3.uses import USES
 
 TABLES = ("memories", "sources")
 _AT_ONCE = 512
@@ -76,6 +77,7 @@ def _verified(bank: Bank, on_progress: Callable[[int, int | None], None] | None)
         found.problems.append(f"{twice} rows point at a record that another row points at too: restore the bank from a copy")
     if (bank.path / JOURNAL).exists():
         found.problems.append(f"a deletion was interrupted: any write or `memory3 bank compact {bank.path}` finishes it")
+    found.problems += _history_problems(bank)
     found.unused_bytes = max(0, int(bank.stats()["shard_bytes"]) - len(places) * bank.record_bytes)
     found.versions = sum(1 for _ in _versions(bank.path))
     return found
@@ -133,7 +135,7 @@ def _traces(bank: Bank, text: str) -> list[str]:
         dead = set(columns.get("_rowid", ())) - live.get(file.relative_to(bank.path / FOLDER).parts[0], set())
         if dead:
             found.append(f"{name}: terms of {len(dead)} deleted rows")
-    return found + _records_of(bank, gone)
+    return found + _counted(bank, gone) + _records_of(bank, gone)
 
 
 def _pieces_of(text: str) -> list[str]:
@@ -178,6 +180,25 @@ def _as_it_is(file: Path, text: str) -> bool:
     """Whether a file that is not encoded holds a text, as UTF-8 or inside JSON."""
     data = file.read_bytes()
     return text.encode() in data or json.dumps(text)[1:-1].encode() in data
+
+
+def _counted(bank: Bank, gone: set[str]) -> list[str]:
+    """What the bytes of the use history have of these ids, or of ids that the bank does not have."""
+    if not bank.uses.path.is_file():
+        return []
+    data = bank.uses.path.read_bytes()
+    return [f"{USES}: uses of {id}" for id in sorted(gone) if id.encode() in data] + _history_problems(bank)
+
+
+def _history_problems(bank: Bank) -> list[str]:
+    """A use history that is damaged, or that has memories which the bank does not have."""
+    try:
+        strangers = bank.missing(bank.uses.history().uses)
+    except BankError as error:
+        return [str(error)]
+    if not strangers:
+        return []
+    return [f"{USES} has uses of {len(strangers)} memories that are not there: memory3 bank compact {bank.path} removes them"]
 
 
 def _records_of(bank: Bank, ids: Sequence[str] | set[str]) -> list[str]:

@@ -43,6 +43,8 @@ COMMANDS = (
     "bank compact",
     "bank export",
     "bank import",
+    "cost",
+    "plan",
     "train",
     "eval qa",
     "probe facts",
@@ -150,6 +152,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("bank verify", str(folder / "copy"), "--absent", "tower", "--json", code=FAULTY)
         run("bank delete", str(folder / "copy"), "--where", "tokens > 0", "--json")
         run("bank compact", str(folder / "copy"), "--json")
+        run("cost", *common)
+        run("cost", "--preset", "paper-2.4b", "--rank", "8", "--json")
+        run("plan", "--bank", str(bank), *common)
         text, asked = folder / "text.txt", folder / "asked.jsonl"
         text.write_text(" ".join(FACTS) * 4)
         row = {"question": QUESTION, "answers": ["in 1889"], "dataset": "a", "split": "dev"}
