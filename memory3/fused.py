@@ -16,11 +16,15 @@ FEWEST_QUERIES = 256
 """Below, building the logits is as fast, and exact to the bit with what was there before."""
 
 
-def available(query: Tensor) -> bool:
+FEWEST_WITHOUT_GRADIENT = 32
+"""The same where no gradient is wanted: the kernel then needs no copies for its query heads."""
+
+
+def available(query: Tensor, fewest: int = FEWEST_QUERIES) -> bool:
     """Whether the kernel serves these queries `(B, H, Q, D)`: on the CPU, many enough, in a torch that has it."""
     kernel = "_scaled_dot_product_flash_attention_for_cpu"
     there = hasattr(torch.ops.aten, kernel) and hasattr(torch.ops.aten, f"{kernel}_backward")
-    return there and query.device.type == "cpu" and query.shape[2] >= FEWEST_QUERIES
+    return there and query.device.type == "cpu" and query.shape[2] >= fewest
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -34,14 +38,29 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation leaves float32
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-    if mask is not None:
-        lowest = torch.finfo(query.dtype).min  # finite: a row of padding may see nothing
-        mask = mask[..., : key.shape[2]]
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
-        mask = mask.to(query.dtype).clamp(min=lowest)
+    mask = _added(mask, query, key.shape[2])
     output, lse = _Fused.apply(query, key, value, mask, mask is None, scale)  # type: ignore[no-untyped-call]
     return output, lse.to(torch.promote_types(lse.dtype, torch.float32))
+
+
+def without_gradient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The same, as of `attention`; nothing is padded or repeated, and nothing kept for a backward."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    added = _added(mask, query, key.shape[2])
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, added is None, attn_mask=added, scale=scale
+    )
+    return output, lse.to(torch.promote_types(lse.dtype, torch.float32))
+
+
+def _added(mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
+    """A mask that is added to the logits, in the dtype of the queries."""
+    if mask is None:
+        return None
+    lowest, mask = torch.finfo(query.dtype).min, mask[..., :keys]  # finite: a row of padding may see nothing
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
+    return mask.to(query.dtype).clamp(min=lowest)
 
 
 class _Fused(torch.autograd.Function):
