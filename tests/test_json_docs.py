@@ -47,12 +47,21 @@ COMMANDS = (
     "plan",
     "train",
     "eval qa",
+    "probe facts",
+    "probe heads",
+    "probe answer",
 )
 TABLES: dict[str, dict[str, str]] = {
     heading: dict(re.findall(r"^\| `([^`]+)` \| ([a-z ]+) \|", section, re.M))
     for heading, section in re.findall(r"^## `([a-z ]+) --json`\n(.*?)(?=^## |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
 }
-NAMED_BY_CONTENT = {"memory.attention_mass": "LAYER", "arms[].metrics": "METRIC"}
+NAMED_BY_CONTENT = {
+    "memory.attention_mass": "LAYER",
+    "arms[].metrics": "METRIC",
+    "facts[].given": "PREFIX",
+    "facts[].said": "PREFIX",
+    "facts[].agree": "PREFIX",
+}
 """Objects whose keys are data, and the word that the page has for them."""
 
 
@@ -167,6 +176,13 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
             *asking_again,
             *common,
         )
+        realization = {"prompt": QUESTION, "answers": ["1889"]}
+        (folder / "facts.jsonl").write_text(
+            json.dumps({"id": "a", "relation": "year", "text": FACTS[0], "realizations": [realization] * 2})
+        )
+        run("probe facts", str(folder / "facts.jsonl"), "--without", "1", "--given", "0", *common)
+        run("probe heads", "--length", "4", "--texts", "1", *common)
+        run("probe answer", QUESTION, *asking)
     with attach(tiny_model("llama"), tiny_tokenizer(), MemorySpec(tokens_per_head=None)) as decoder:
         opened = Bank(dense, decoder, create=True)
         write(decoder, [Reference(fact) for fact in FACTS], opened)

@@ -11,6 +11,7 @@ from memory3.cli.bench import bench_app
 from memory3.cli.commands import INCOMPLETE, app
 from memory3.cli.evaluate import eval_app
 from memory3.cli.hierarchy import cost, plan
+from memory3.cli.probe import probe_app
 from memory3.cli.train import train
 from memory3.spec import Memory3Error
 
@@ -22,6 +23,7 @@ app.command()(plan)
 app.add_typer(bank_app, name="bank")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.add_typer(probe_app, name="probe")
 
 
 def main() -> None:

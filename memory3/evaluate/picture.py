@@ -78,7 +78,7 @@ def draw_reading(decoder: Decoder, question: str, completion: Completion, path: 
 
 def _heat(paid: torch.Tensor, words: Sequence[str], labels: Sequence[str], title: str, path: Path) -> None:
     pyplot = pyplot_module()
-    words, title = [_printable(word) for word in words], _printable(title)
+    words, title = [printable(word) for word in words], printable(title)
     figure, axes = pyplot.subplots(figsize=(max(9.0, 0.24 * len(words)), 1.6 + 0.26 * len(labels)), constrained_layout=True)
     colours = pyplot.get_cmap("Blues").with_extremes(bad="#d9d9d9")
     top = max(1e-6, float(torch.nan_to_num(paid).max()))
@@ -94,7 +94,7 @@ def _heat(paid: torch.Tensor, words: Sequence[str], labels: Sequence[str], title
     pyplot.close(figure)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without control characters, and without the dollar signs that would begin a formula."""
     return "".join(c if c.isprintable() else "·" for c in text).replace("$", r"\$")
 
@@ -161,11 +161,11 @@ def draw_arms(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
     errors = [[m - b[0] for m, b in zip(means, bounds, strict=True)], [b[1] - m for m, b in zip(means, bounds, strict=True)]]
     figure, axes = pyplot.subplots(figsize=(7.5, 1.2 + 0.42 * len(outcomes)), constrained_layout=True)
     axes.barh(range(len(outcomes)), means, xerr=errors, capsize=3, color="#7aa6d2")
-    axes.set_yticks(range(len(outcomes)), [_printable(o.arm) for o in outcomes])
+    axes.set_yticks(range(len(outcomes)), [printable(o.arm) for o in outcomes])
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel(METRICS[name].heading)
-    axes.set_title(_printable(title), fontsize=10)
+    axes.set_title(printable(title), fontsize=10)
     axes.grid(alpha=0.3, axis="x")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -182,10 +182,10 @@ def draw_study(study: Study, path: Path) -> None:
         bounds = [[metric.shown(b) for b in o.interval(name)] for _, o in points]
         low = [max(0.0, m - b[0]) for m, b in zip(means, bounds, strict=True)]
         high = [max(0.0, b[1] - m) for m, b in zip(means, bounds, strict=True)]
-        axes.errorbar(places, means, yerr=[low, high], marker="os^v"[n % 4], capsize=3, label=_printable(label))
+        axes.errorbar(places, means, yerr=[low, high], marker="os^v"[n % 4], capsize=3, label=printable(label))
     for n, control in enumerate(study.controls):
         style, level = ("--", ":")[n % 2], metric.shown(control.mean(name))
-        axes.axhline(level, color="#777777", linestyle=style, label=_printable(control.arm))
+        axes.axhline(level, color="#777777", linestyle=style, label=printable(control.arm))
     ticks = sorted({x for points in study.curves.values() for x, _ in points})
     if study.doubling:
         axes.set_xscale("log", base=2)
