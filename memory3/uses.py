@@ -86,7 +86,7 @@ class Uses:
                 open_.execute("insert or ignore into about values ('began', ?)", (now,))
                 open_.executemany(_COUNT, [{"id": id, "n": n, "now": now} for id, n in counts.items()])
             self._delete(gone(list(counts)))
-        except (sqlite3.Error, OSError):
+        except (sqlite3.Error, OSError, BankError):  # the last where the bank itself goes away meanwhile
             return False
         return True
 
@@ -100,7 +100,8 @@ class Uses:
         if not self.path.is_file():
             return History({}, None, now)
         try:
-            with closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True, timeout=PATIENCE_S)) as open_:
+            # "rw" makes no file, and reads alone where nothing can be written; "ro" cannot take back what a kill left half done.
+            with closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=rw", uri=True, timeout=PATIENCE_S)) as open_:
                 about = dict(open_.execute("select name, value from about"))
                 rows = open_.execute("select id, score, at, recalls from uses").fetchall()
         except sqlite3.Error as error:
@@ -157,6 +158,20 @@ class Uses:
         if ids:
             with self._changed() as open_:
                 open_.executemany("delete from uses where id = ?", [(id,) for id in ids])
+
+    def holders_of(self, ids: Iterable[str]) -> dict[str, list[str]]:
+        """Which of these ids stand in the bytes of the history, or of the journal that a kill left beside it, by name of the file."""
+        found, wanted = dict[str, list[str]](), sorted(ids)
+        for file in (self.path, self.journal):
+            with suppress(FileNotFoundError):  # a journal is there for the moment of a count
+                data = file.read_bytes()
+                found[file.name] = [id for id in wanted if id.encode() in data]
+        return found
+
+    @property
+    def journal(self) -> Path:
+        """Where SQLite keeps what a transaction may have to take back."""
+        return self.path.with_name(f"{self.path.name}-journal")
 
     @contextmanager
     def _changed(self, patience_s: float = PATIENCE_S) -> Iterator[sqlite3.Connection]:

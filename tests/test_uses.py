@@ -64,6 +64,15 @@ def recalls(bank: Bank) -> dict[str, int]:
     return {id: use.recalls for id, use in bank.uses.history().uses.items()}
 
 
+def killed_in_a_change(uses: Uses, statement: str) -> None:
+    """Another process begins to change the history, and dies before it has committed."""
+    code = (
+        "import os, pathlib, sys; from memory3.uses import Uses\n"
+        "with Uses(pathlib.Path(sys.argv[1]))._changed() as open_: open_.execute(sys.argv[2]); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(uses.path), statement]).returncode == 9
+
+
 # ---- counting ----
 
 
@@ -137,6 +146,21 @@ def test_a_history_is_read_where_nothing_can_be_written(uses: Uses) -> None:
         uses.path.parent.chmod(0o700)
 
 
+def test_a_count_that_was_killed_leaves_a_history_that_can_be_read(uses: Uses) -> None:
+    uses.count(["a"])
+    killed_in_a_change(uses, "delete from uses")
+    assert uses.journal.exists()
+    assert uses.history().uses["a"].recalls == 1
+    assert not uses.journal.exists()
+
+
+def test_a_recall_goes_on_where_the_bank_cannot_say_what_it_lacks(uses: Uses) -> None:
+    def broken(ids: list[str]) -> list[str]:
+        raise BankError("the bank was taken away")
+
+    assert not uses.count(["a"], broken)
+
+
 # ---- of a bank ----
 
 
@@ -171,6 +195,14 @@ def test_a_trace_of_a_deleted_memory_in_the_history_is_found_and_removed(bank: B
     assert any(USES in trace and TOWER in trace for trace in traces_of(bank, TEXTS[0]))
     assert any("uses of 1 memories that are not there" in problem for problem in verify(bank).problems)
     bank.compact()
+    assert traces_of(bank, TEXTS[0]) == [] and verify(bank).problems == []
+
+
+def test_a_trace_in_the_journal_of_a_killed_count_is_found(bank: Bank) -> None:
+    bank.uses.count([TOWER])
+    killed_in_a_change(bank.uses, "delete from uses")
+    assert f"{bank.uses.journal.name}: uses of {TOWER}" in traces_of(bank, TEXTS[0])
+    bank.delete([TOWER])
     assert traces_of(bank, TEXTS[0]) == [] and verify(bank).problems == []
 
 
