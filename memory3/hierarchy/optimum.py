@@ -103,9 +103,11 @@ def _solve(
     E = G if costs.entry > 0 else 0
     free = min(slots or trace.references, len(np.unique(trace.ids)))  # more slots than references are never in use
     rent = costs.rent * (trace.days[gaps.after] - trace.days[gaps.before])
-    price = np.concatenate([rent - costs.saving, _consolidating(costs, uses[worth]), np.zeros(S), np.full(E, costs.entry)])
+    price: NDArray[np.float64] = np.concatenate(
+        [rent - costs.saving, _consolidating(costs, uses[worth]), np.zeros(S), np.full(E, costs.entry)]
+    )
     most = np.concatenate([np.ones(G + Z), np.full(S, free), np.ones(E)])
-    least = np.zeros_like(most)
+    least = np.zeros(len(most))
     least[G : G + Z] = float(forced)
     line = _line(gaps, S, (S, len(price)), G + Z)
     source = np.zeros(S)
@@ -117,7 +119,7 @@ def _solve(
 
 def _consolidating(costs: Costs, uses: NDArray[np.int64]) -> NDArray[np.float64]:
     """What consolidating costs more than reading afresh at every use."""
-    price: NDArray[np.float64] = costs.consolidation + uses * (costs.parameters - costs.once)
+    price: NDArray[np.float64] = (costs.consolidation + uses * (costs.parameters - costs.once)).astype(np.float64)
     return price
 
 

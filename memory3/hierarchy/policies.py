@@ -63,7 +63,7 @@ class LazyMemory(Policy):
 class LeastRecentlyUsed(Policy):
     """Every reference that is used is kept; where there is no room, the one that was not used for the longest time goes.
 
-    Records of a bank have one size and one cost, so Landlord (Young, arXiv cs/0205033) is this too.
+    Records of a bank have one size and one cost, so this is a case of Landlord (Young, arXiv cs/0205033), which is competitive.
     """
 
     def start(self, shelf: Shelf) -> Use:

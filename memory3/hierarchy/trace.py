@@ -36,9 +36,13 @@ class Trace:
 
     def __post_init__(self) -> None:
         if not len(self.ids) or len(self.ids) != len(self.days):
-            raise SourceError(f"found a trace of {len(self.ids)} ids and {len(self.days)} times, expected as many, at least one")
+            raise SourceError(
+                f"found a trace of {len(self.ids)} ids and {len(self.days)} times, expected as many, at least one"
+            )
         if (np.diff(self.days) < 0).any() or self.ids.min() < 0 or self.ids.max() >= self.references:
-            raise SourceError(f"found times that go back, or an id beyond {self.references} references: sort or renumber the uses")
+            raise SourceError(
+                f"found times that go back, or an id beyond {self.references} references: sort or renumber the uses"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,7 +81,8 @@ def zipf(
     holder = random.permutation(references)  # which reference has a rank
     ids = np.empty(uses, np.int64)
     start = 0
-    for use in np.flatnonzero(random.random(uses) < drift) if references > head else ():
+    moves = np.flatnonzero(random.random(uses) < drift) if references > head else np.zeros(0, np.int64)
+    for use in moves.tolist():
         ids[start:use] = holder[ranks[start:use]]
         one, other = random.integers(head, references, 2)
         holder[[one, other]] = holder[[other, one]]
