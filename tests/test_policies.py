@@ -69,9 +69,9 @@ def test_the_least_recently_used_goes() -> None:
 
 
 def test_rent_is_paid_for_the_days_a_memory_is_kept() -> None:
-    trace = Trace(np.array([0.0, 2.0, 5.0]), np.array([0, 0, 1]), 2)
+    trace = Trace(np.array([0.0, 2.0, 5.0]), np.array([0, 1, 0]), 2)
     costs = replace(PAPER, rent=0.01)
-    assert replay(POLICIES["lazy memory"], trace, costs).paid["storage"] == pytest.approx(5 * 0.01)
+    assert replay(POLICIES["lazy memory"], trace, costs).paid["storage"] == pytest.approx((5 + 3) * 0.01)
 
 
 def test_a_memory_that_is_not_worth_its_rent_goes() -> None:
