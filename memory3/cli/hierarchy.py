@@ -340,6 +340,8 @@ def simulate(
     passes: Annotated[
         float, typer.Option(help="Times that training sees a reference until it is known; a burden of its own.")
     ] = 50.0,
+    measured: Annotated[bool, typer.Option("--measured", help="Seconds of this machine instead of FLOPs.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="With --measured, references handled together.")] = 16,
     price_hour: Annotated[float, typer.Option(help="Price of an hour of the machine.")] = 2.0,
     price_gb_month: PriceGbMonth = 0.08,
     tflops: Annotated[float, typer.Option(help="What the machine computes, in 1e12 FLOPs a second.")] = 400.0,
@@ -361,6 +363,7 @@ def simulate(
 
     if out is not None:
         check_picture(out)
+    _check_units(preset, measured, None, None, 0.0, rank)
     policy = Adaptive(half_life, horizon)
     if bank is None:
         sizes = _sizes(model, preset, None)
@@ -368,8 +371,11 @@ def simulate(
     else:
         with Bank(bank) as opened:
             sizes, record_bytes, count = _sizes_of_bank(opened, model), opened.record_bytes, len(opened)
-    found = formats(sizes.shape, sizes.spec, record_bytes=record_bytes, rank=rank)
-    rent, head = rent_of(record_bytes, price_gb_month, price_hour, tflops), None
+    if measured:
+        found: Sequence[Format | Timed] = _measured(sizes, model, codec, codebook, batch, 1, None, None)
+    else:
+        found = formats(sizes.shape, sizes.spec, record_bytes=record_bytes, rank=rank)
+    rent, head = rent_of(record_bytes, price_gb_month, price_hour, 1e-12 if measured else tflops), None
     if trace is not None:
         played = read_trace(trace, count)
     else:
@@ -381,10 +387,10 @@ def simulate(
     if out is not None:
         from memory3.hierarchy.curves import draw_simulation
 
-        draw_simulation(outcomes, "TFLOP", 1e12, out)
+        draw_simulation(outcomes, *(("s", 1.0) if measured else ("TFLOP", 1e12)), out)
     result = {
         "model": preset or sizes.name,
-        "unit": "FLOP",
+        "unit": "s" if measured else "FLOP",
         "record_bytes": record_bytes,
         "half_life_days": half_life,
         "horizon_days": horizon,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from memory3.evaluate.picture import plotting
+from memory3.evaluate.picture import pyplot_module
 from memory3.hierarchy.simulation import Outcome
 
 COLOURS = {
@@ -24,7 +24,7 @@ COLOURS = {
 
 def draw_simulation(outcomes: Sequence[Outcome], unit: str, scale: float, path: Path) -> None:
     """Draw cost over days, a logarithmic axis of cost; costs are divided by `scale` to be in `unit`."""
-    pyplot = plotting()
+    pyplot = pyplot_module()
     columns = min(3, len(outcomes))
     height = -(-len(outcomes) // columns)
     figure, grid = pyplot.subplots(height, columns, figsize=(4.4 * columns, 3.5 * height + 0.5), squeeze=False)

@@ -68,7 +68,7 @@ def rent_of(bytes: int, gb_month: float, hour: float, tflops: float) -> float:
         bytes: of one memory.
         gb_month: price of keeping 1e9 bytes for 30 days.
         hour: price of an hour of the machine.
-        tflops: what the machine does, in 1e12 FLOPs a second.
+        tflops: what the machine does, in 1e12 FLOPs a second; 1e-12 gives the rent in its seconds.
     """
     if hour <= 0 or tflops <= 0 or gb_month < 0:
         raise SpecError(f"found an hour for {hour}, {tflops} TFLOPs and a GB-month for {gb_month}, expected prices above 0")
