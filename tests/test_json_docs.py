@@ -45,6 +45,7 @@ COMMANDS = (
     "bank import",
     "cost",
     "plan",
+    "simulate",
     "train",
     "eval qa",
     "probe facts",
@@ -155,6 +156,11 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("cost", *common)
         run("cost", "--preset", "paper-2.4b", "--rank", "8", "--json")
         run("plan", "--bank", str(bank), *common)
+        uses = folder / "uses.jsonl"
+        uses.write_text("".join(json.dumps({"time": 3600 * n, "id": n % 2}) + "\n" for n in range(30)))
+        playing = ("--budget", "0.5", "--price-gb-month", "0.1", "--json")
+        run("simulate", "--preset", "paper-2.4b", "--trace", str(uses), *playing)
+        run("simulate", "--bank", str(bank), "--uses", "50", "--budget", "0.5", *common)
         text, asked = folder / "text.txt", folder / "asked.jsonl"
         text.write_text(" ".join(FACTS) * 4)
         row = {"question": QUESTION, "answers": ["in 1889"], "dataset": "a", "split": "dev"}

@@ -10,7 +10,7 @@ from memory3.cli.bank import bank_app
 from memory3.cli.bench import bench_app
 from memory3.cli.commands import INCOMPLETE, app
 from memory3.cli.evaluate import eval_app
-from memory3.cli.hierarchy import cost, plan
+from memory3.cli.hierarchy import cost, plan, simulate
 from memory3.cli.probe import probe_app
 from memory3.cli.train import train
 from memory3.spec import Memory3Error
@@ -20,6 +20,7 @@ __all__ = ["INCOMPLETE", "app", "main"]
 app.command()(train)
 app.command()(cost)
 app.command()(plan)
+app.command()(simulate)
 app.add_typer(bank_app, name="bank")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")

@@ -1,4 +1,4 @@
-"""`memory3 cost` and `plan`: what each form of knowledge costs, and the cheapest for its use."""
+"""`memory3 cost`, `plan` and `simulate`: what each form of knowledge costs, the cheapest for its use, and use played over time."""
 
 from __future__ import annotations
 
@@ -317,3 +317,103 @@ def _print_plan(made: Plan) -> None:
     print(f"the plan costs {digits(made.planned)} {made.unit} over {made.days:g} days; the most used:")
     for row in made.references[:5]:
         print(f"  {row.id}  {digits(row.uses):>8} uses  {row.tier}")
+
+
+def simulate(
+    bank: Annotated[str | None, typer.Option(help="Bank whose references and records are played; default made up.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Uses to play, `time` and `id` a row (.jsonl, .csv, .parquet); default Zipf with drift.")
+    ] = None,
+    references: Annotated[int, typer.Option(min=1, help="Without a bank or trace, references.")] = 1000,
+    uses: Annotated[int, typer.Option(min=1, help="Without a trace, uses of it.")] = 20_000,
+    exponent: Annotated[float, typer.Option(min=0.0, help="Without a trace, exponent of Zipf's law.")] = 1.0,
+    drift: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Without a trace, chance per use that two references change ranks.")
+    ] = 0.01,
+    days: Annotated[float, typer.Option(min=0.001, help="Without a trace, its length.")] = 120.0,
+    model: Model = None,
+    preset: Annotated[str | None, typer.Option(help="Sizes of the paper instead of a model: paper-2.4b or paper-0.9b.")] = None,
+    codec: CodecName = None,
+    codebook: CodebookFile = None,
+    rank: Rank = None,
+    budget: Annotated[float, typer.Option(help="Part of the bank's memories that may be kept.")] = 0.1,
+    passes: Annotated[
+        float, typer.Option(help="Times that training sees a reference until it is known; a burden of its own.")
+    ] = 50.0,
+    measured: Annotated[bool, typer.Option("--measured", help="Seconds of this machine instead of FLOPs.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="With --measured, references handled together.")] = 16,
+    price_hour: Annotated[float, typer.Option(help="Price of an hour of the machine.")] = 2.0,
+    price_gb_month: PriceGbMonth = 0.08,
+    tflops: Annotated[float, typer.Option(help="What the machine computes, in 1e12 FLOPs a second.")] = 400.0,
+    half_life: Annotated[float, typer.Option(help="Adaptive: days in which a use loses half of its weight.")] = 30.0,
+    horizon: Annotated[float, typer.Option(help="Adaptive: days over which a consolidation has to pay.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Seed of the trace.")] = 0,
+    out: Picture = None,
+    as_json: Json = False,
+) -> None:
+    """Play a trace of use over a bank: adaptive tiers beside single formats, LRU, lazy encoding and the offline optimum."""
+    from memory3.bank import Bank
+    from memory3.cost import formats
+    from memory3.evaluate.picture import check_picture
+    from memory3.hierarchy.policies import Adaptive
+    from memory3.hierarchy.replay import costs_of
+    from memory3.hierarchy.simulation import document, headed, rent_of, settings
+    from memory3.hierarchy.simulation import simulate as play
+    from memory3.hierarchy.trace import read_trace, zipf
+
+    if out is not None:
+        check_picture(out)
+    _check_units(preset, measured, None, None, 0.0, rank)
+    policy = Adaptive(half_life, horizon)
+    if bank is None:
+        sizes = _sizes(model, preset, None)
+        record_bytes, count = sizes.record_bytes(sizes.codec(codec or "raw", codebook)), None
+    else:
+        with Bank(bank) as opened:
+            sizes, record_bytes, count = _sizes_of_bank(opened, model), opened.record_bytes, len(opened)
+    if measured:
+        found: Sequence[Format | Timed] = _measured(sizes, model, codec, codebook, batch, 1, None, None)
+    else:
+        found = formats(sizes.shape, sizes.spec, record_bytes=record_bytes, rank=rank)
+    rent, head = rent_of(record_bytes, price_gb_month, price_hour, 1e-12 if measured else tflops), None
+    if trace is not None:
+        played = read_trace(trace, count)
+    else:
+        made: dict[str, Any] = {"drift": drift, "days": days, "seed": seed}
+        played = zipf(count or references, uses, exponent=exponent, **made)
+        head = headed(count or references, uses, costs_of(found), **made)
+    with progress("playing") as tell:
+        outcomes = list(play(settings(found, played, rent=rent, passes=passes, share=budget, head=head), policy, tell))
+    if out is not None:
+        from memory3.hierarchy.curves import draw_simulation
+
+        draw_simulation(outcomes, *(("s", 1.0) if measured else ("TFLOP", 1e12)), out)
+    result = {
+        "model": preset or sizes.name,
+        "unit": "s" if measured else "FLOP",
+        "record_bytes": record_bytes,
+        "half_life_days": half_life,
+        "horizon_days": horizon,
+        "seed": None if trace else seed,
+    } | document(outcomes)
+    print(json.dumps(result)) if as_json else _print_simulation(result)
+
+
+def _print_simulation(made: dict[str, Any]) -> None:
+    from memory3.cost import three_digits as digits
+
+    print(f"costs in {made['unit']}; ratio to the optimum: {made['algorithm']}")
+    for setting in made["settings"]:
+        room = "no limit" if setting["slots"] is None else f"room for {setting['slots']:,}"
+        best = setting["optimum"]
+        print(f"\n{setting['name']}: {setting['uses']:,} uses of {setting['references']:,} references, {room}")
+        print(
+            f"{'':15} {'cost':>10} {'ratio':>7} {'reading':>10} {'encoding':>10} {'storage':>10} {'consolidation':>13} {'inside':>7}"
+        )
+        print(f"{'optimum':15} {digits(best['bound']):>10} {1:7.3f} {'':>46} {best['consolidated']:7,}")
+        for line in setting["lines"]:
+            paid = " ".join(f"{digits(line[kind]):>10}" for kind in ("reading", "encoding", "storage"))
+            print(
+                f"{line['policy']:15} {digits(line['cost']):>10} {line['ratio']:7.3f} {paid} "
+                f"{digits(line['consolidation']):>13} {line['consolidated']:7,}"
+            )
