@@ -8,7 +8,8 @@ the answer (3 recalls for 128 in and 128 out), each time other references, and n
 * `text-cached`: the same with a prefix cache: what was encoded stays, and the new references come behind it.
 
 Searching is in none of them: all need the same. Text answers run in a loop of their own that does nothing but the model's pass
-and the choice of the largest logit, so its side is not made slower by what `generation` does for its users.
+and the choice of the largest logit, so its side is not made slower by what `generation` does for its users; single tokens attend as they
+do there (`attention.Stepping`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from memory3.attention import KEYWORD, Stepping
 from memory3.bank import Bank
 from memory3.bench.machine import Machine, drop_page_cache, peak_bandwidth, peak_flops
 from memory3.bench.report import Bar, Report
@@ -255,7 +257,7 @@ class _Plain:
     def read(self, ids: torch.Tensor) -> None:
         """Encode `(batch, n)` tokens behind the others."""
         began = time.perf_counter()
-        keyword = {self.decoder.cache_keyword: self.cache}
+        keyword = {self.decoder.cache_keyword: self.cache, KEYWORD: Stepping()}
         logits = self.decoder.model(input_ids=ids, use_cache=True, logits_to_keep=1, **keyword).logits
         self.next = logits[:, -1].argmax(-1, keepdim=True)
         self.seconds += time.perf_counter() - began
