@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from families import tiny_model, tiny_tokenizer
+from toy_world import toy_world
 from typer.testing import CliRunner
 
 import memory3.bench.encoding as encoding
@@ -57,6 +58,16 @@ def test_recall_takes_sizes_and_codecs(model: Path) -> None:
     found = document("bench", "recall", "--model", model, *sizes)
     [one] = found["recalls"]
     assert one["codec"] == "int4" and one["references"] == 4 and not one["cold"]
+
+
+def test_codec_takes_data_and_draws(model: Path, tmp_path: Path) -> None:
+    toy_world(tmp_path / "data", 6)
+    picture = tmp_path / "codecs.png"
+    words = ("--data", tmp_path / "data", "--limit", "3", "--repeats", "1", "--codec", "int8", "--out", picture)
+    found = document("bench", "codec", "--model", model, *words)
+    assert [row["codec"] for row in found["codecs"]] == ["raw", "int8"]
+    assert found["ratios"]["smaller int8"] > 1
+    assert picture.exists()
 
 
 def test_options_that_contradict_each_other_are_refused(model: Path) -> None:

@@ -99,6 +99,7 @@ ROWS = [
         "bench.decoding",
         "bench.encoding",
         "bench.recalls",
+        "bench.codecs",
         "evaluate.demo",
         "evaluate.qa",
         "evaluate.beginning",

@@ -127,3 +127,32 @@ def recall(
         view = decoder if tokens_per_head is None else decoder.using(replace(decoder.spec, tokens_per_head=tokens_per_head))
         report = bench_recall(view, plan, tell)
     report.show(out)
+
+
+@bench_app.command()
+def codec(
+    data: Annotated[Path, typer.Option(help="Folder that holds qa.parquet.")],
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="Codecs as `write --codec` takes them, product apart; raw in bfloat16 is always there."),
+    ] = None,
+    codebook: Annotated[list[Path] | None, typer.Option(help="Codebooks of codec product, a row each.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions.")] = 300,
+    repeats: Repeats = 3,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    out: Picture = None,
+) -> None:
+    """Codecs: bytes of a reference, speed, error of the attention output, and exact match, on dev questions."""
+    from memory3.bench.codecs import CODECS, Sizes, bench_codec, draw_codecs
+    from memory3.cli.evaluate import check_picture_file
+
+    check_picture_file(out)
+    sizes = Sizes(limit, repeats=repeats, seed=seed)
+    with benched(model, None, None, device, dtype) as decoder, progress("measuring") as tell:
+        report = bench_codec(decoder, data, codec or CODECS, codebook or (), sizes, tell)
+    report.show()
+    if out is not None:
+        draw_codecs(report.figures["codecs"], out)
