@@ -218,5 +218,5 @@ def test_a_folder_of_readers_of_other_data_is_refused(tmp_path: Path, monkeypatc
         trained(variant, Training(tmp_path / "b", tmp_path / "out"))
     with pytest.raises(TrainError, match="made of other data .* another --out"):
         beginning_study([str(tmp_path / "a" / "passages.parquet")], tmp_path / "out", Plan(depth=2, vocabulary=300, held=2))
-    other = replace(variant, reader=replace(variant.reader, optimizer="adamw"))
+    other = replace(variant, reader=replace(variant.reader, optimizer="muon"))
     assert other.folder(0) != variant.folder(0)
