@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memory3.fused import FEWEST_WITHOUT_GRADIENT, available, without_gradient
 from memory3.fused import attention as fused_attention
+from memory3.fused import available
 from memory3.spec import Memory, MemorySpec
 
 Attended = tuple[Tensor, Tensor | None]
@@ -359,9 +359,6 @@ def _over_context(states: States, score: _Scoring, sinks: Tensor | None) -> tupl
     """The causal attention, as the masks of transformers define it: output `(B, H * G, Q, D)` and log-sum-exp."""
     if sinks is None and score.plain and available(states.query):
         return fused_attention(states.query, states.key, states.value, states.mask, score.scaling)
-    gradient = torch.is_grad_enabled() and states.query.requires_grad
-    if sinks is None and score.plain and not gradient and available(states.query, FEWEST_WITHOUT_GRADIENT):
-        return without_gradient(states.query, states.key, states.value, states.mask, score.scaling)
     query_heads, length = states.query.shape[1:3]
     query = states.query.reshape(len(states.query), states.key.shape[1], -1, states.query.shape[-1])  # (B, H, G * Q, D)
     logits = score.logits(query, states.key).reshape(len(query), query_heads, length, -1)

@@ -12,19 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-FEWEST_QUERIES = 256
-"""Below, building the logits is as fast, and exact to the bit with what was there before."""
+FEWEST_QUERIES = 32
+"""Below, building the logits is as fast."""
 
 
-FEWEST_WITHOUT_GRADIENT = 32
-"""The same where no gradient is wanted: the kernel then needs no copies for its query heads."""
-
-
-def available(query: Tensor, fewest: int = FEWEST_QUERIES) -> bool:
+def available(query: Tensor) -> bool:
     """Whether the kernel serves these queries `(B, H, Q, D)`: on the CPU, many enough, in a torch that has it."""
     kernel = "_scaled_dot_product_flash_attention_for_cpu"
     there = hasattr(torch.ops.aten, kernel) and hasattr(torch.ops.aten, f"{kernel}_backward")
-    return there and query.device.type == "cpu" and query.shape[2] >= fewest
+    return there and query.device.type == "cpu" and query.shape[2] >= FEWEST_QUERIES
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -36,20 +32,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         scale: of the logits.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation leaves float32
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     mask = _added(mask, query, key.shape[2])
     output, lse = _Fused.apply(query, key, value, mask, mask is None, scale)  # type: ignore[no-untyped-call]
-    return output, lse.to(torch.promote_types(lse.dtype, torch.float32))
-
-
-def without_gradient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The same, as of `attention`; nothing is padded or repeated, and nothing kept for a backward."""
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    added = _added(mask, query, key.shape[2])
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, added is None, attn_mask=added, scale=scale
-    )
     return output, lse.to(torch.promote_types(lse.dtype, torch.float32))
 
 
@@ -64,27 +48,30 @@ def _added(mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
 
 
 class _Fused(torch.autograd.Function):
-    """One more column, zeros in query, key and value, takes the gradient `g` of the log-sum-exp in.
+    """The kernel takes few kv heads as they are, and its backward wants one for each query head.
 
-    With weights P the kernel's backward gives `dS = P * (dO V^T - rowsum(dO * O))`, and the log-sum-exp adds `P * g`. So the
-    column is 1 in dO and `-g` in O.
+    One more column there, zeros in query, key and value, takes the gradient `g` of the log-sum-exp in. With weights P the kernel's
+    backward gives `dS = P * (dO V^T - rowsum(dO * O))`, and the log-sum-exp adds `P * g`. So the column is 1 in dO and `-g` in O.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Any:
-        query, key, value = (functional.pad(t, (0, 1)) for t in (query, key, value))
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=mask, scale=scale
         )
         ctx.save_for_backward(query, key, value, output, lse, mask)
         ctx.causal, ctx.scale = causal, scale
-        return output[..., :-1], lse
+        return output, lse
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse, mask = ctx.saved_tensors
         of_output, of_lse = gradients
-        output = torch.cat([output[..., :-1], -of_lse[..., None].to(output.dtype)], -1)
+        groups = query.shape[1] // key.shape[1]
+        query, key, value = (
+            functional.pad(t, (0, 1)) for t in (query, *(t.repeat_interleave(groups, 1) for t in (key, value)))
+        )
+        output = torch.cat([output, -of_lse[..., None].to(output.dtype)], -1)
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             functional.pad(of_output, (0, 1), value=1.0),
             query,
@@ -97,4 +84,6 @@ class _Fused(torch.autograd.Function):
             attn_mask=mask,
             scale=ctx.scale,
         )
-        return (*(t[..., :-1] for t in found), None, None, None)
+        of_query, of_key, of_value = (t[..., :-1] for t in found)
+        of_key, of_value = (t.unflatten(1, (-1, groups)).sum(2) for t in (of_key, of_value))
+        return of_query, of_key, of_value, None, None, None

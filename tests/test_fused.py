@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -31,17 +29,13 @@ def masks() -> dict[str, torch.Tensor | None]:
 
 def found(given: States, few: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Output, log-sum-exp and gradients of a loss over both, for queries that see something."""
-    monkeypatch.setattr(attention, "available", partial(available, few))
+    monkeypatch.setattr(fused, "FEWEST_QUERIES", few)
     score = attention._Scoring(0.3, None, 0.0)
     output, lse = attention._over_context(given, score, None)
     rows = torch.ones(2, 1, 32, dtype=torch.bool) if given.mask is None else _seeing(given.mask)
     loss = (output.sin() * rows[..., None]).sum() + (lse.cos() * rows).sum()
     gradients = torch.autograd.grad(loss, (given.query, given.key, given.value))
     return [output * rows[..., None], lse * rows, *gradients]
-
-
-def available(few: int, query: torch.Tensor, *words: int) -> bool:
-    return query.shape[2] >= few
 
 
 def _seeing(mask: torch.Tensor) -> torch.Tensor:
@@ -72,28 +66,11 @@ def test_softcap_sinks_dropout_and_few_queries_take_the_plain_way(monkeypatch: p
 
     monkeypatch.setattr(attention, "fused_attention", refuse)
     given = states(torch.float32, None)
+    monkeypatch.setattr(fused, "FEWEST_QUERIES", 33)
     attention._over_context(given, attention._Scoring(0.3, None, 0.0), None)
-    monkeypatch.setattr(attention, "available", partial(available, 1))
+    monkeypatch.setattr(fused, "FEWEST_QUERIES", 1)
     attention._over_context(given, attention._Scoring(0.3, 5.0, 0.0), None)
     attention._over_context(given, attention._Scoring(0.3, None, 0.5), None)
     attention._over_context(given, attention._Scoring(0.3, None, 0.0), torch.zeros(4))
     with pytest.raises(AssertionError, match="knows nothing"):
         attention._over_context(given, attention._Scoring(0.3, None, 0.0), None)
-
-
-@pytest.mark.parametrize("name", list(masks()))
-def test_without_gradient_the_kernel_gives_the_same_and_is_used_from_32_queries_on(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mask = masks()[name]
-    given, score = states(torch.float64, mask), attention._Scoring(0.3, None, 0.0)
-    slow, slow_lse = attention._over_context(given, score, None)  # with gradient 32 queries are too few
-    calls: list[int] = []
-    kernel = attention.without_gradient
-    monkeypatch.setattr(attention, "without_gradient", lambda *words: calls.append(1) or kernel(*words))
-    with torch.no_grad():
-        fast, fast_lse = attention._over_context(given, score, None)
-    assert calls == [1]
-    rows = torch.ones(2, 1, 32, dtype=torch.bool) if mask is None else _seeing(mask)
-    torch.testing.assert_close(fast * rows[..., None], slow * rows[..., None], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(fast_lse * rows, slow_lse * rows, rtol=1e-10, atol=1e-12)

@@ -119,8 +119,7 @@ def test_ten_golden_losses_and_the_same_from_a_run_that_was_stopped_and_resumed(
     (whole, lines), (broken, parts) = trained(tmp_path / "a", (None,)), trained(tmp_path / "b", (4, None))
     assert [line["loss"] for line in lines] == [line["loss"] for line in parts]
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
-    assert lines[0]["margin"] == pytest.approx(0, abs=1e-6)  # with and without gradient two kernels compute the same
-    assert lines[-1]["margin"] > 1e-5
+    assert lines[-1]["margin"] > lines[0]["margin"] == 0
     kinds = {path.suffix for path in (tmp_path / "b").rglob("*") if path.is_file() and "tensorboard" not in path.parts}
     assert kinds <= {".safetensors", ".json", ".jsonl"}
     check_losses("dpo", [line["loss"] for line in lines])
