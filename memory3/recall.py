@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,12 @@ from memory3.writing import write
 
 TRAINING_OVERLAP, EVALUATION_OVERLAP = 0.9, 2 / 3
 """Above these a reference repeats the text that is being learned or asked (paper 3.6, 4.4); off when a user asks."""
+
+
+_Found = tuple[int, Hit]
+"""Number of a bank and a hit in it."""
+_Key = tuple[int, str]
+"""Number of a bank and id of a memory in it."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,15 @@ class MemoryCache:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes, self.nbytes = limit_bytes, 0
-        self._held: OrderedDict[tuple[int, str], Memory] = OrderedDict()
+        self._held: OrderedDict[_Key, Memory] = OrderedDict()
 
-    def get(self, key: tuple[int, str]) -> Memory | None:
+    def get(self, key: _Key) -> Memory | None:
         """The memory, now the most recent one; `None` where it is not held."""
         if key in self._held:
             self._held.move_to_end(key)
         return self._held.get(key)
 
-    def put(self, key: tuple[int, str], memory: Memory) -> None:
+    def put(self, key: _Key, memory: Memory) -> None:
         """Hold a memory and let the oldest go until the limit is kept."""
         self._held[key] = memory
         self.nbytes += memory.nbytes
@@ -63,7 +69,7 @@ class MemoryCache:
         """What it holds of a bank."""
         return [id for holder, id in self._held if holder == bank]
 
-    def drop(self, key: tuple[int, str]) -> None:
+    def drop(self, key: _Key) -> None:
         """Forget a memory."""
         self.nbytes -= self._held.pop(key).nbytes
 
@@ -93,6 +99,7 @@ class Recall:
         min_score: hits below are dropped, so that irrelevant questions recall nothing.
         max_overlap: hits whose overlap with the whole text is larger are dropped (`EVALUATION_OVERLAP`).
         cache_bytes: limit of the RAM cache.
+        counted: note each recall in the use history of its bank; measurements are no use.
 
     Raises:
         BankError: no bank, a fixed id that no bank has, or a bank opened without a decoder.
@@ -110,6 +117,7 @@ class Recall:
         min_score: float | None = None,
         max_overlap: float | None = None,
         cache_bytes: int = 256 * 2**20,
+        counted: bool = True,
     ) -> None:
         self.banks = [banks] if isinstance(banks, BankReader) else list(banks)
         if not self.banks:
@@ -124,7 +132,7 @@ class Recall:
         if self.count < 1:
             raise SpecError(f"found count={self.count}, expected at least 1 reference per recall")
         self.min_score, self.max_overlap = min_score, max_overlap
-        self.cache = MemoryCache(cache_bytes)
+        self.cache, self.counted = MemoryCache(cache_bytes), counted
         self.fixed = None if references is None else list(references)
         self.retriever = retriever or ("lexical" if self.fixed is not None else default_retriever(self.banks))
         self._retrievers: list[Retriever] = [RETRIEVERS[self.retriever](bank) for bank in self.banks]
@@ -140,21 +148,21 @@ class Recall:
     def __call__(self, queries: Sequence[str], texts: Sequence[str] | None = None) -> list[Recalled]:
         """One recall per query; `texts` are what the overlap filter compares with, by default the queries."""
         self._forget_deleted()
-        if self.fixed is not None:
-            places = self._fixed_places()
-            return [self._loaded(query, places) for query in queries]
+        return self._loaded(queries, self._searched(queries, texts or queries) if self.fixed is None else self._fixed(queries))
+
+    def _searched(self, queries: Sequence[str], texts: Sequence[str]) -> list[list[_Found]]:
+        """The best of all banks for each query."""
         wanted = self.count if self.max_overlap is None else 4 * self.count
         found = [retriever.search(queries, wanted) for retriever in self._retrievers]
-        results = []
-        for n, query in enumerate(queries):
-            best: dict[str, tuple[int, Hit]] = {}
+        ordered = []
+        for n in range(len(queries)):
+            best: dict[str, _Found] = {}
             for b, hits in enumerate(found):
                 for hit in hits[n]:
                     if hit.id not in best or best[hit.id][1].score < hit.score:
                         best[hit.id] = (b, hit)
-            places = sorted(best.values(), key=lambda place: (-place[1].score, place[1].id))
-            results.append(self._loaded(query, self._kept(places, (texts or queries)[n])[: self.count]))
-        return results
+            ordered.append(sorted(best.values(), key=lambda place: (-place[1].score, place[1].id)))
+        return [some[: self.count] for some in self._filtered(ordered, texts)]
 
     def _forget_deleted(self) -> None:
         """What was deleted from a bank since the last recall, by whichever process, goes from the RAM cache too."""
@@ -165,22 +173,27 @@ class Recall:
                     self.cache.drop((b, id))
                 self._versions[b] = version
 
-    def _kept(self, places: list[tuple[int, Hit]], text: str) -> list[tuple[int, Hit]]:
+    def _filtered(self, found: list[list[_Found]], texts: Sequence[str]) -> list[list[_Found]]:
+        """Without hits that score too low or repeat the text that is being asked."""
         if self.min_score is not None:
-            places = [p for p in places if p[1].score >= self.min_score]
+            found = [[hit for hit in some if hit[1].score >= self.min_score] for some in found]
         if self.max_overlap is None:
-            return places
+            return found
         limit, decoder = self.max_overlap, self.banks[0].decoder
         assert decoder is not None
 
         def tokens(words: str) -> list[int]:
             return list(decoder.tokenizer(words, add_special_tokens=False)["input_ids"])
 
-        read = tokens(text)
-        return [p for p in places if overlap(read, tokens(self._reference(*p).text)) <= limit]
+        ids = {key: tokens(reference.text) for key, reference in self._references(found).items()}
+        asked = [tokens(text) for text in texts]
+        return [
+            [(b, hit) for b, hit in some if overlap(read, ids[b, hit.id]) <= limit]
+            for some, read in zip(found, asked, strict=True)
+        ]
 
-    def _fixed_places(self) -> list[tuple[int, Hit]]:
-        """Where the fixed references lie; texts that were never encoded are encoded and stored now."""
+    def _fixed(self, queries: Sequence[str]) -> list[list[_Found]]:
+        """Where the fixed references lie, for each query; texts that were never encoded are encoded and stored now."""
         assert self.fixed is not None
         texts = [r for r in self.fixed if isinstance(r, Reference)]
         first = self.banks[0]
@@ -192,33 +205,50 @@ class Recall:
                     f"{first.address} cannot be written to, expected memories of all references there: write them first"
                 )
             write(first.decoder, [r for r in texts if r.id in missing], first)
+        wanted = [r.id if isinstance(r, Reference) else r for r in self.fixed]
+        absent = [set(bank.missing(wanted)) for bank in self.banks]
         places = []
-        for id in (r.id if isinstance(r, Reference) else r for r in self.fixed):
-            holder = next((b for b, bank in enumerate(self.banks) if id in bank), None)
+        for id in wanted:
+            holder = next((b for b, lacks in enumerate(absent) if id not in lacks), None)
             if holder is None:
                 raise BankError(f"found no memory {id!r} in {self.banks[0].address}, expected an id that `write` stored there")
             places.append((holder, Hit(id, 0.0)))
-        return places
+        return [places for _ in queries]
 
-    def _reference(self, bank: int, hit: Hit) -> Reference:
-        return self.banks[bank].references([hit.id])[hit.id][0]
+    def _references(self, found: Sequence[Sequence[_Found]]) -> dict[_Key, Reference]:
+        """Text and first place of everything that was found, each bank asked once."""
+        wanted = _by_bank((b, hit.id) for some in found for b, hit in some)
+        read = {b: self.banks[b].references(ids) for b, ids in wanted.items()}
+        return {(b, id): spans[0] for b, some in read.items() for id, spans in some.items()}
 
-    def _loaded(self, query: str, places: Sequence[tuple[int, Hit]]) -> Recalled:
-        """Memories from the cache or the disk, those of one bank in one read."""
-        keys = [(b, hit.id) for b, hit in places]
-        held = {key: memory for key in keys if (memory := self.cache.get(key)) is not None}
-        bytes_read, texts = 0, {}
-        for b, bank in enumerate(self.banks):
-            ids = [id for holder, id in keys if holder == b]
-            if not ids:
-                continue
-            texts.update({(b, id): spans[0] for id, spans in bank.references(ids).items()})
-            absent = list(dict.fromkeys(id for id in ids if (b, id) not in held))
-            for id, memory in zip(absent, bank.read(absent), strict=True):
+    def _loaded(self, queries: Sequence[str], found: Sequence[Sequence[_Found]]) -> list[Recalled]:
+        """Memories from the cache or the disk; what all queries want of one bank comes in one read."""
+        keys = [[(b, hit.id) for b, hit in some] for some in found]
+        texts = self._references(found)
+        held = {key: memory for key in texts if (memory := self.cache.get(key)) is not None}
+        absent = set(texts) - set(held)
+        for b, ids in _by_bank(key for some in keys for key in some if key in absent).items():
+            for id, memory in zip(ids, self.banks[b].read(ids), strict=True):
                 held[b, id] = memory
                 self.cache.put((b, id), memory)
-            bytes_read += len(absent) * bank.record_bytes
-            bank.count_uses(ids, self._versions[b])
-        hits = tuple(hit for _, hit in places)
+        if self.counted:
+            for b, bank in enumerate(self.banks):
+                if used := [id for some in keys for holder, id in some if holder == b]:
+                    bank.count_uses(used, self._versions[b])
         versions = tuple(map(version_name, self._versions))
-        return Recalled(query, hits, tuple(held[k] for k in keys), tuple(texts[k] for k in keys), bytes_read, versions)
+        recalled = []
+        for query, some, wanted in zip(queries, found, keys, strict=True):
+            fresh = absent & set(wanted)  # the first query that wants a memory is the one that reads it
+            absent -= fresh
+            size = sum(self.banks[b].record_bytes for b, _ in fresh)
+            memories, references = tuple(held[key] for key in wanted), tuple(texts[key] for key in wanted)
+            recalled.append(Recalled(query, tuple(hit for _, hit in some), memories, references, size, versions))
+        return recalled
+
+
+def _by_bank(keys: Iterable[_Key]) -> dict[int, list[str]]:
+    """Different ids of each bank, in the order of the keys."""
+    found: dict[int, dict[str, None]] = {}
+    for b, id in keys:
+        found.setdefault(b, {})[id] = None
+    return {b: list(ids) for b, ids in found.items()}

@@ -63,6 +63,24 @@ def test_the_cache_never_holds_more_than_its_limit_and_keeps_the_latest(keys: li
         assert (cache.get((0, str(key))) is not None) == (memory.nbytes <= limit)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_all_queries_are_served_by_one_read_and_each_gets_what_it_gets_alone(
+    bank: Bank, fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"references": bank.ids()[:2]} if fixed else {"max_overlap": 2 / 3}
+    queries = ["tower", "salt and crows", "When was the tower completed?", ""]
+    alone = [Recall(bank, **options)([query])[0] for query in queries]
+    read: list[list[str]] = []
+    reads = bank.read
+    monkeypatch.setattr(bank, "read", lambda ids, **words: read.append(list(ids)) or reads(ids, **words))
+    together = Recall(bank, **options)(queries)
+    assert len(read) == 1
+    assert len(set(read[0])) == len(read[0]) == sum(found.bytes_read for found in together) // bank.record_bytes
+    for one, other in zip(alone, together, strict=True):
+        assert (one.query, one.hits, one.references) == (other.query, other.hits, other.references)
+        assert all(torch.equal(a.keys, b.keys) for a, b in zip(one.memories, other.memories, strict=True))
+
+
 def test_min_score_recalls_nothing_rather_than_noise(bank: Bank) -> None:
     [all_of_it] = Recall(bank)(["tower of salt"])
     [strict] = Recall(bank, min_score=1e9)(["tower of salt"])

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from memory3.bank import Bank
 from memory3.decoder import Decoder, attach
+from memory3.evaluate.asking import Question
+from memory3.evaluate.given import retrieved
 from memory3.rebuilding import rebuild
 from memory3.recall import Recall
 from memory3.spec import BankError, MemorySpec, Reference, SpecError
@@ -171,6 +173,16 @@ def test_every_recall_counts_what_it_brought(bank: Bank) -> None:
     assert recalls(bank) == {TOWER: 2, SALT: 1}
     Recall(bank, references=[CROWS])(["anything"])
     assert recalls(bank)[CROWS] == 1
+
+
+def test_a_measurement_does_not_count(bank: Bank) -> None:
+    assert Recall(bank, counted=False)(["the tower"])[0].hits
+    asked = [
+        Question("notes", "When was the tower completed?", ("1889",)),
+        Question("notes", "Where does salt melt?", ("801",)),
+    ]
+    assert all(brought.right for brought in retrieved(bank, asked))
+    assert recalls(bank) == {}
 
 
 def test_a_look_at_an_earlier_state_does_not_count(bank: Bank, decoder: Decoder) -> None:

@@ -295,7 +295,7 @@ def use(
     from memory3.evaluate.use import use_by_chunk, use_table
 
     with decoder_of(model, None, device, dtype) as decoder, progress("generating") as tell:
-        recall = recall_of(bank, decoder, retriever=retriever, max_overlap=_most_overlap(overlap))
+        recall = recall_of(bank, decoder, retriever=retriever, max_overlap=_most_overlap(overlap), counted=False)
         found = use_by_chunk(decoder, questions_of(prompts), recall, tokens=tokens, tell=tell)
     print(use_table(found))
 
@@ -363,7 +363,7 @@ def utility(
 
     _check_files(out, drop)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
-        recall = recall_of(bank, decoder, retriever=retriever, max_overlap=_most_overlap(overlap))
+        recall = recall_of(bank, decoder, retriever=retriever, max_overlap=_most_overlap(overlap), counted=False)
         measure_utility(decoder, recall, questions, out, drop, least, limit, tell)
 
 

@@ -98,7 +98,7 @@ def answer(
 
         check_picture(out)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
-        recall, config = recall_of(bank, decoder, retriever=retriever, count=count), config_of(decoder, None)
+        recall, config = recall_of(bank, decoder, retriever=retriever, count=count, counted=False), config_of(decoder, None)
         found = circuit_of(decoder, question, recall, config=config, max_new_tokens=max_tokens, edges=edges, tell=tell)
         name = decoder.name
     print(json.dumps(document(found, name), ensure_ascii=False) if as_json else described(found))

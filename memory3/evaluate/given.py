@@ -46,7 +46,7 @@ def retrieved(
         max_overlap: references that repeat more of their own tokens from the question are dropped; `None` keeps all.
         tell: told of questions done.
     """
-    recall = Recall(banks, retriever=retriever, count=count, max_overlap=max_overlap, cache_bytes=0)
+    recall = Recall(banks, retriever=retriever, count=count, max_overlap=max_overlap, cache_bytes=0, counted=False)
     found: list[tuple[str, ...]] = []
     for start in range(0, len(questions), BATCH):
         batch = questions[start : start + BATCH]

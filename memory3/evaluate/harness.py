@@ -156,6 +156,7 @@ class Memory3LM(TemplateLM):  # type: ignore[misc]
                 count=given.get("references"),
                 min_score=given.get("min_score"),
                 max_overlap=overlap,
+                counted=False,
             )
         starts = given.get("add_bos_token", True if addresses else None)
         return cls(decoder, recall, batch_size=batch_size, max_length=given.get("max_length"), add_bos_token=starts)
