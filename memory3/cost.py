@@ -161,7 +161,8 @@ PRESETS = {
     "paper-2.4b": Shape(44, 3200, 40, 8, 80, 3200, 60416),
     "paper-0.9b": Shape(40, 2048, 32, 8, 64, 2048, 60416),
 }
-"""The paper's model and its ablation model, with the names that `memory3 cost --preset` takes."""
+"""The paper's model (2.43e9 parameters without embeddings) and its ablation model (0.92e9; its kv heads and MLP width are inferred, design
+section 4), with the names that `--preset` takes."""
 
 
 def preset(name: str) -> Shape:

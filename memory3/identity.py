@@ -52,11 +52,17 @@ def _adapter_scalings(model: nn.Module, last_layer: int) -> list[tuple[str, str]
 
 
 def _is_used(name: str, last_layer: int) -> bool:
-    layer = _LAYER.search(name)
+    layer = layer_of(name)
     if layer is not None:
-        return int(layer.group(1)) <= last_layer
+        return layer <= last_layer
     owner = name.split(".")[-2] if "." in name else name
     return not name.startswith(("lm_head", "embed_out")) and owner not in _AFTER_LAYERS
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a parameter or module is of, by its full name; `None` outside of layers."""
+    found = _LAYER.search(f"{name}.")
+    return None if found is None else int(found.group(1))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

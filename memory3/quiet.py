@@ -1,7 +1,8 @@
-"""Loading without the progress bars of transformers, which would stand between our own lines."""
+"""Loading without what other libraries say meanwhile, which would stand between our own lines."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,3 +32,11 @@ def without_warnings() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def old_words() -> Iterator[None]:
+    """Peft asks transformers under a name that transformers has given up; nobody else can change that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield

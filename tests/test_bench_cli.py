@@ -11,9 +11,9 @@ from families import tiny_model, tiny_tokenizer
 from toy_world import toy_world
 from typer.testing import CliRunner
 
-import memory3.bench.encoding as encoding
-from memory3.bench.scenes import PRESETS
+import memory3.bench.machine as machine
 from memory3.cli import app
+from memory3.cost import PRESETS, Shape
 from memory3.spec import SpecError
 from memory3.train.shapes import shape
 
@@ -28,8 +28,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "toy", lambda: shape(2, 8192))
-    monkeypatch.setattr(encoding, "PEAK_SIZES", (64,))
+    monkeypatch.setitem(PRESETS, "toy", Shape.of(shape(2, 8192)))
+    monkeypatch.setattr(machine, "PEAK_SIZES", (64,))
 
 
 def document(*words: object) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def test_the_cost_of_a_refresh_stands_beside_the_least_it_could_be(decoder: Deco
         assert row["bytes"] == found["record_bytes"][way] * 2 * 2
         bound = row["bytes"] / found["peaks"]["copy_bytes_per_s"] + row["flops"] / found["peaks"]["matmul_flops"]
         assert row["bound_s"] == pytest.approx(bound)
+        recall = found["ratios"][f"recall_{way.replace('-', '_')}_over_bound"]
+        assert recall == pytest.approx(found["refresh"][way]["recall_s"] / found["refresh"][way]["bound_s"])
         ratio = found["ratios"][f"refresh_{way.replace('-', '_')}_over_bound"]
         assert ratio == pytest.approx(row["added_s"] / row["bound_s"])
     assert found["refresh"]["memory-codec"]["bytes"] < found["refresh"]["memory"]["bytes"]

@@ -8,7 +8,9 @@ import pytest
 from families import tiny_model, tiny_tokenizer
 
 import memory3.bench.encoding as encoding
-from memory3.bench.encoding import Load, bench_write, write_flops
+import memory3.bench.machine as machine
+from memory3.bench.encoding import Load, bench_write
+from memory3.cost import Shape, memory_write_flops
 from memory3.decoder import Decoder, attach
 from memory3.spec import MemorySpec, SpecError
 
@@ -21,23 +23,12 @@ def decoder() -> Iterator[Decoder]:
         yield attached
 
 
-def test_the_work_of_writing_at_the_papers_shape_is_that_of_the_design() -> None:
-    """0.308 TFLOP for 128 tokens (section 5)."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from memory3.train.shapes import paper_2_4b
-
-    class Shaped:
-        head_dim = 80
-        spec = MemorySpec().resolved(44, 8)
-        geometry = type("Geometry", (), {"num_kv_heads": 8})
-
-        def __init__(self) -> None:
-            with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(paper_2_4b())
-
-    assert write_flops(Shaped(), 128) / 1e12 == pytest.approx(0.308, abs=0.0005)  # type: ignore[arg-type]
+def test_the_work_is_that_of_the_design_for_each_text_by_its_own_length(decoder: Decoder) -> None:
+    """Formulas and their golden values are those of `memory3.cost`."""
+    one, two = encoding._work(decoder, [[5] * 32]), encoding._work(decoder, [[5] * 16])
+    assert one == memory_write_flops(Shape.of(decoder.model.config), decoder.spec)
+    assert encoding._work(decoder, [[5] * 16, [5] * 32, [5] * 32]) == two + 2 * one
+    assert two < one / 2  # attention grows faster than the length
 
 
 def test_encoding_and_writing_take_turns_on_the_same_references(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +41,7 @@ def test_encoding_and_writing_take_turns_on_the_same_references(decoder: Decoder
         return report
 
     monkeypatch.setattr(encoding, "write", noted)
-    monkeypatch.setattr(encoding, "PEAK_SIZES", (32, 64))
+    monkeypatch.setattr(machine, "PEAK_SIZES", (32, 64))
     found = bench_write(decoder, Load(references=5, batch=2, repeats=2)).document()
     assert written == [5, 5, 5]  # each turn into a new bank
     assert found["settings"]["tokens"] <= 5 * SPEC.reference_length

@@ -10,8 +10,8 @@ import pytest
 import torch
 from families import tiny_model, tiny_tokenizer
 
-import memory3.bench.scenes as scenes
 from memory3.bench.scenes import UniqueRecall, random_bank, random_decoder
+from memory3.cost import PRESETS, Shape
 from memory3.decoder import Decoder, attach
 from memory3.integers import Int8Codec
 from memory3.spec import MemorySpec, SpecError
@@ -59,7 +59,7 @@ def test_a_unique_recall_brings_what_no_other_brought_until_it_is_restarted(deco
 
 
 def test_a_preset_can_be_cut_and_its_memories_have_the_papers_spec(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(scenes.PRESETS, "small", lambda: shape(4, 300))
+    monkeypatch.setitem(PRESETS, "small", Shape.of(shape(4, 300)))
     with random_decoder("small", 2, torch.bfloat16, CPU) as decoder:
         assert decoder.geometry.num_layers == 2
         assert decoder.dtype == torch.bfloat16

@@ -37,7 +37,7 @@ from memory3.cost import (
 from memory3.selection import SELECTIONS
 from memory3.spec import MemorySpec, SpecError, UnsupportedModel
 from memory3.train.figures import flops_per_token
-from memory3.train.shapes import paper_0_9b, paper_2_4b
+from memory3.train.shapes import paper
 
 PAPER = PRESETS["paper-2.4b"]
 SPEC = MemorySpec().resolved(44, 8)
@@ -68,7 +68,7 @@ def test_the_papers_interval_of_explicit_memory_comes_out_to_three_digits() -> N
 
 
 def test_presets_are_the_shapes_that_the_recipes_train() -> None:
-    assert {"paper-2.4b": Shape.of(paper_2_4b()), "paper-0.9b": Shape.of(paper_0_9b())} == PRESETS
+    assert {name: Shape.of(paper(name)) for name in PRESETS} == PRESETS
 
 
 # ---- any decoder ----

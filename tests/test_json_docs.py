@@ -45,6 +45,7 @@ COMMANDS = (
     "bank import",
     "cost",
     "plan",
+    "consolidate",
     "simulate",
     "train",
     "eval qa",
@@ -102,6 +103,21 @@ def allowed(documented: str) -> set[str]:
     return names | {"integer"} if "number" in names else names
 
 
+def consolidated(run: Any, folder: Path, common: list[str]) -> None:
+    """With a use history and without, with questions that are held and without."""
+    lines, ids, other, quiet = (folder / name for name in ("replayed.jsonl", "ids", "other.jsonl", folder / "quiet"))
+    lines.write_text(
+        "".join(json.dumps({"text": f"{fact} So it was, {n} times over."}) + "\n" for n, fact in enumerate(FACTS * 3))
+    )
+    more = ["--replay", str(lines), "--steps", "1", "--batch", "2", *common]
+    run("consolidate", "--bank", str(folder / "bank"), "--top", "1", "--out", str(folder / "adapters"), *more)
+    told = "The tower was completed by Gustave in 1889, and it stands near the river with iron legs and stairs to see."
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in (told, *FACTS)))
+    run("write", str(other), "--bank", str(quiet), "--embedder", "none", *common)
+    ids.write_text(Reference(told).id)
+    run("consolidate", "--bank", str(quiet), "--ids", str(ids), "--layers", "both", "--out", str(folder / "both"), *more)
+
+
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """Documents of each command, from Python and from the command line, memory on and off."""
@@ -156,6 +172,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("cost", *common)
         run("cost", "--preset", "paper-2.4b", "--rank", "8", "--json")
         run("plan", "--bank", str(bank), *common)
+        consolidated(run, folder, common)
         uses = folder / "uses.jsonl"
         uses.write_text("".join(json.dumps({"time": 3600 * n, "id": n % 2}) + "\n" for n in range(30)))
         playing = ("--budget", "0.5", "--price-gb-month", "0.1", "--json")

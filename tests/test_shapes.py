@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from memory3.train.figures import flops_per_token
 from memory3.train.settings import TrainError
-from memory3.train.shapes import paper_0_9b, paper_2_4b, shape
+from memory3.train.shapes import paper, shape
 
 
 def on_meta(config: Any) -> Any:
@@ -25,14 +25,14 @@ def without_embeddings(model: Any) -> int:
 
 def test_the_papers_shapes_have_the_parameters_that_it_states() -> None:
     """Three digits, and two (arXiv 2407.01178, 3.4; design section 4)."""
-    assert f"{without_embeddings(on_meta(paper_2_4b())):.2e}" == "2.43e+09"
-    assert f"{without_embeddings(on_meta(paper_0_9b())):.1e}" == "9.2e+08"
-    assert (paper_2_4b().hidden_size, paper_2_4b().vocab_size) == (3200, 60416)
+    assert f"{without_embeddings(on_meta(paper('paper-2.4b'))):.2e}" == "2.43e+09"
+    assert f"{without_embeddings(on_meta(paper('paper-0.9b'))):.1e}" == "9.2e+08"
+    assert (paper("paper-2.4b").hidden_size, paper("paper-2.4b").vocab_size) == (3200, 60416)
 
 
 def test_flops_of_a_token_make_the_papers_cost_of_writing_into_parameters() -> None:
     """128 tokens of sequences of 2048: 2.24 TFLOP (Appendix A; design section 5)."""
-    assert round(128 * flops_per_token(on_meta(paper_2_4b()), 2048) / 1e12, 2) == 2.24
+    assert round(128 * flops_per_token(on_meta(paper("paper-2.4b")), 2048) / 1e12, 2) == 2.24
 
 
 def test_depth_six_is_the_shape_that_learned_to_read() -> None:

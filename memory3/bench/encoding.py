@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -15,13 +15,12 @@ from memory3.bench.machine import Machine, peak_flops
 from memory3.bench.report import Bar, Report
 from memory3.bench.scenes import words
 from memory3.bench.turns import in_turns
+from memory3.cost import Shape, memory_write_flops
 from memory3.decoder import Decoder
 from memory3.spec import Reference, SpecError
 from memory3.writing import write
 
 Tell = Callable[[int, int], None]
-PEAK_SIZES = (1024, 2048, 4096)
-"""Sides of the square matrices whose product is timed; the fastest is the peak."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +45,20 @@ class Load:
                 raise SpecError(f"found {name}={getattr(self, name)}, expected at least 1")
 
 
-def write_flops(decoder: Decoder, tokens: int) -> int:
-    """FLOPs of writing one reference of so many tokens (design 5): the layers up to the last memory layer, and the scores of the
-    selection at the memory layers. The reference BOS is not counted: it is overhead.
-    """
-    config, layers = decoder.model.config.get_text_config(), decoder.spec.layers
-    assert layers is not None
-    hidden, width = config.hidden_size, config.num_attention_heads * decoder.head_dim
-    run, memory = layers[-1] + 1, len(layers)
-    projections = 2 * hidden * width + 2 * hidden * decoder.head_dim * decoder.geometry.num_kv_heads
-    attention = 2 * tokens**2 // 2 * width
-    scores = memory * tokens**2 * width
-    mlp = (run - 1) * tokens * 3 * hidden * config.intermediate_size
-    return int(2 * (run * (tokens * projections + attention) + mlp + scores))
+def _work(decoder: Decoder, rows: Sequence[Sequence[int]]) -> float:
+    """FLOPs of writing references of these token ids (design 5). The reference BOS is not counted: it is overhead."""
+    sizes, spec = Shape.of(decoder.model.config), decoder.spec
+    return sum(memory_write_flops(sizes, replace(spec, reference_length=len(row))) for row in rows)
 
 
 def bench_write(decoder: Decoder, load: Load, tell: Tell = lambda done, total: None) -> Report:
     """Encode alone, and write to a bank, in turns; every turn writes to a new bank."""
     rng = np.random.default_rng(load.seed)
-    before = _peak(decoder)
+    before = peak_flops(decoder.device, decoder.dtype)
     rows = [words(decoder, rng, decoder.spec.reference_length) for _ in range(load.references)]
     references = [_reference(decoder, row, n) for n, row in enumerate(rows)]
     ids = [decoder.tokens(reference.text) for reference in references]
-    work = sum(write_flops(decoder, len(row)) for row in ids)
+    work = _work(decoder, ids)
     with TemporaryDirectory(prefix="memory3-bench-") as folder:
 
         def encode(turn: int) -> None:
@@ -82,12 +72,8 @@ def bench_write(decoder: Decoder, load: Load, tell: Tell = lambda done, total: N
         total = 2 * (load.repeats + 1)
         ways = {"encode": encode, "write": into_bank}
         seconds = in_turns(ways, load.repeats, decoder.device, lambda done: tell(done, total))
-    return _report(decoder, load, seconds, work, max(before, _peak(decoder)), sum(map(len, ids)))
-
-
-def _peak(decoder: Decoder) -> float:
-    """FLOPs per second; asked before and after the turns, so that what else the machine does then lowers it less."""
-    return max(peak_flops(decoder.device, decoder.dtype, size) for size in PEAK_SIZES)
+    peak = max(before, peak_flops(decoder.device, decoder.dtype))  # what else the machine does now lowers both less
+    return _report(decoder, load, seconds, work, peak, sum(map(len, ids)))
 
 
 def _reference(decoder: Decoder, row: list[int], number: int) -> Reference:
@@ -98,7 +84,9 @@ def _reference(decoder: Decoder, row: list[int], number: int) -> Reference:
     return Reference(text, f"random:{number}")
 
 
-def _report(decoder: Decoder, load: Load, seconds: dict[str, tuple[float, ...]], work: int, peak: float, tokens: int) -> Report:
+def _report(
+    decoder: Decoder, load: Load, seconds: dict[str, tuple[float, ...]], work: float, peak: float, tokens: int
+) -> Report:
     names = {"encode": "encoding alone", "write": "into a bank"}
     rows, bars, shares = [], [], {}
     for way, turns in seconds.items():

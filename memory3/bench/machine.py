@@ -13,6 +13,9 @@ import torch
 
 from memory3.bench.turns import finished
 
+PEAK_SIZES = (1024, 2048, 4096)
+"""Sides of the square matrices whose product is timed; the fastest is the peak."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -48,8 +51,12 @@ def _processor() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """FLOPs per second of the best of several products of two square matrices of `size`; a multiply-add is 2."""
+def peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """FLOPs per second of the best of several products of two square matrices, of each of `PEAK_SIZES`; a multiply-add is 2."""
+    return max(_product_flops(device, dtype, size, repeats) for size in PEAK_SIZES)
+
+
+def _product_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _best(lambda: left @ right, device, repeats)
 

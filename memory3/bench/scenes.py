@@ -18,17 +18,15 @@ from memory3.recall import Recalled
 from memory3.record import Codec
 from memory3.retrieval import Hit
 from memory3.spec import Memory, MemorySpec, Reference, SpecError
-from memory3.train.shapes import paper_0_9b, paper_2_4b
-
-PRESETS = {"paper-2.4b": paper_2_4b, "paper-0.9b": paper_0_9b}
-"""Shapes by name; their weights are random, which costs the same time as trained ones."""
+from memory3.train.shapes import paper
 
 
 def random_decoder(preset: str, layers: int | None, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Decoder:
-    """A decoder of random weights with the paper's memory spec: 8 tokens per head, the first half of the layers.
+    """A decoder of random weights, which cost the same time as trained ones, with the paper's memory spec: 8 tokens per head, the first
+    half of the layers.
 
     Args:
-        preset: row of `PRESETS`.
+        preset: row of `memory3.cost.PRESETS`.
         layers: keep so many, by default all. The embeddings stay whole.
         dtype: of the weights.
         device: where they are made.
@@ -41,9 +39,7 @@ def random_decoder(preset: str, layers: int | None, dtype: torch.dtype, device: 
 
     from memory3.loading import default_model
 
-    if preset not in PRESETS:
-        raise SpecError(f"found preset {preset!r}, expected one of {', '.join(PRESETS)}")
-    config = PRESETS[preset]()
+    config = paper(preset)
     if layers is not None and not 1 <= layers <= config.num_hidden_layers:
         raise SpecError(f"found {layers} layers, expected 1 to {config.num_hidden_layers}: {preset} has no more")
     config.num_hidden_layers = layers or config.num_hidden_layers

@@ -9,6 +9,7 @@ from typing import Any
 from memory3.cli.bank import bank_app
 from memory3.cli.bench import bench_app
 from memory3.cli.commands import INCOMPLETE, app
+from memory3.cli.consolidation import consolidate
 from memory3.cli.evaluate import eval_app
 from memory3.cli.hierarchy import cost, plan, simulate
 from memory3.cli.probe import probe_app
@@ -20,6 +21,7 @@ __all__ = ["INCOMPLETE", "app", "main"]
 app.command()(train)
 app.command()(cost)
 app.command()(plan)
+app.command()(consolidate)
 app.command()(simulate)
 app.add_typer(bank_app, name="bank")
 app.add_typer(eval_app, name="eval")

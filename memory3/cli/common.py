@@ -78,14 +78,14 @@ def codec_of(name: str | None, codebook: Path | None, decoder: Decoder, model: s
     """The codec that the options name; `None` leaves it to the bank."""
     from memory3.codebook import CODEBOOK
     from memory3.codec import codec_named
-    from memory3.loading import default_model
+    from memory3.loading import base_of
     from memory3.spec import BankError
 
     if name is None:
         if codebook is not None:
             raise BankError(f"found --codebook {codebook} alone, expected --codec product with it")
         return None
-    shipped = (Path(model) if model is not None else default_model()) / CODEBOOK
+    shipped = Path(base_of(model)[0]) / CODEBOOK
     return codec_named(name, decoder.dtype, codebook or (shipped if shipped.is_file() else None))
 
 

@@ -13,7 +13,7 @@ from memory3.codebook import Recipe
 from memory3.codec import codec_named
 from memory3.cost import Shape
 from memory3.family import trained_spec
-from memory3.loading import ModelError, default_model
+from memory3.loading import ModelError, base_of
 from memory3.product import ProductCodec
 from memory3.record import Codec
 from memory3.spec import MemorySpec
@@ -65,7 +65,7 @@ def sizes_of(model: str | os.PathLike[str] | None = None, spec: MemorySpec | Non
     """
     from transformers import AutoConfig
 
-    name = str(model if model is not None else default_model())
+    name, _ = base_of(model)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

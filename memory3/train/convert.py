@@ -20,7 +20,9 @@ from torch.nn import functional
 
 from memory3.context import GAP
 from memory3.decoder import Decoder, Layout
+from memory3.quiet import old_words
 from memory3.train.loop import Report, Schedule, Settings, TrainError, run
+from memory3.train.passages import Context
 from memory3.train.recalled import read_texts
 from memory3.train.teaching import Batch, Lesson, Lessons, Mixture, longest_text
 from memory3.train.thinning import Thinning, checked, halvings, thinned
@@ -136,6 +138,13 @@ def memory_logits(decoder: Decoder, batch: Batch) -> Tensor:
     return logits
 
 
+def plain_logits(decoder: Decoder, contexts: Sequence[Context]) -> Tensor:
+    """Logits `(B, L, V)` behind each token of contexts that read nothing, as the model computes them without memory."""
+    layout = decoder.layout([c.ids for c in contexts], padding_side="right", memory=False)
+    logits: Tensor = decoder.forward(layout).logits
+    return logits
+
+
 def text_logits(decoder: Decoder, batch: Batch) -> Tensor:
     """Logits `(B, L, V)` behind the same tokens, the references as text where memory would be, and no memory."""
     logits: Tensor = decoder.forward(text_layout(decoder, batch), logits_to_keep=batch.longest).logits
@@ -176,8 +185,12 @@ def divergence(teacher: Tensor, student: Tensor, batch: Batch) -> tuple[Tensor, 
     next token; logits `(B, L, V)` of any dtype, computed in float32.
     """
     lengths = torch.tensor([len(c.ids) for c in batch.contexts], device=student.device)
-    real = torch.arange(batch.longest, device=student.device)[None, :] < lengths[:, None]
-    theirs, ours = (t[real].float().log_softmax(-1) for t in (teacher, student))
+    return divergence_at(teacher, student, torch.arange(batch.longest, device=student.device)[None, :] < lengths[:, None])
+
+
+def divergence_at(teacher: Tensor, student: Tensor, places: Tensor) -> tuple[Tensor, float]:
+    """The same over the tokens that `places` `(B, L)` is true for."""
+    theirs, ours = (t[places].float().log_softmax(-1) for t in (teacher, student))
     kl = functional.kl_div(ours, theirs, log_target=True, reduction="sum") / len(ours)
     return kl, float((theirs.argmax(-1) == ours.argmax(-1)).float().mean())
 
@@ -223,40 +236,42 @@ class Lora:
 
 
 @contextmanager
-def adapters(decoder: Decoder, lora: Lora) -> Iterator[Teacher]:
+def adapters(decoder: Decoder, lora: Lora, save: Path | None = None, base: str | None = None) -> Iterator[Teacher]:
     """Inside, only adapters learn, and the teacher is the model with its adapters off. Leaving merges them into the weights,
     unless by an exception: then the model is what it was.
 
-    Merging computes the same sums in another order: in float32, logits of size 5 were seen to move by less than 1e-4.
+    With `save` they become an ordinary peft adapter in that folder first, of the model that `base` names; no name is the model
+    that ships, wherever it lies. Merging computes the same sums in another order: in float32, logits of size 5 were seen to move by less than 1e-4.
 
     Raises:
         TrainError: peft is missing, or no layer bears a target's name.
     """
     try:
-        from peft import LoraConfig, LoraModel
+        from peft import LoraConfig, PeftModel
     except ImportError:
         raise TrainError("found no peft, expected it for LoRA: pip install 'memory3[train]'") from None
     learned = [(p, p.requires_grad) for p in decoder.model.parameters()]
     config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base or "",  # for `None`, peft would write where the model lies on this machine
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets or _linear_layers(decoder.model)),
+        target_modules=list(lora.targets or linear_layers(decoder.model)),
     )
-    with torch.random.fork_rng(devices=[]):  # adapters are drawn on the CPU, then moved
+    with torch.random.fork_rng(devices=[]), old_words():  # adapters are drawn on the CPU, then moved
         torch.manual_seed(lora.seed)
         try:
-            tuner = LoraModel(decoder.model, config, "default")
+            wrapped = PeftModel(decoder.model, config)  # adapters of a bf16 model learn in float32
         except ValueError as error:
             raise TrainError(
                 f"found no layer to adapt ({error}), expected names such as q_proj: give other targets, or none for all"
             ) from None
-    tuner._cast_adapter_dtype(
-        "default"
-    )  # as peft does itself where it wraps a model: adapters of a bf16 model learn in float32
-    merge = False
+    tuner, merge = wrapped.base_model, False
     try:
         yield partial(_adapters_off, decoder, tuner)
+        if save is not None:
+            wrapped.save_pretrained(save, save_embedding_layers=False)
         merge = True
     finally:
         tuner.merge_and_unload() if merge else tuner.unload()
@@ -266,7 +281,7 @@ def adapters(decoder: Decoder, lora: Lora) -> Iterator[Teacher]:
                 parameter.mul_(1)  # peft writes through `.data`, which torch does not count: the fingerprint must notice
 
 
-def _linear_layers(model: Any) -> list[str]:
+def linear_layers(model: Any) -> list[str]:
     """Names of a model's linear layers, the output embeddings left out. In a mixture of experts only those of the attention:
     peft takes names of MLP layers there for the experts' own, which are no linear layers.
     """

@@ -34,7 +34,7 @@ from memory3.train.recipe import EMBEDDING_RATE, SMALL, Reader, passages
 from memory3.train.retrieved import Asking, ChunkReferences
 from memory3.train.sequences import Continual, Warmup
 from memory3.train.settings import Report, Schedule, Settings, TrainError
-from memory3.train.shapes import paper_0_9b, paper_2_4b, shape
+from memory3.train.shapes import paper, shape
 from memory3.train.teaching import Lesson, asked, lessons, merged, parted
 from memory3.train.thinning import halvings
 
@@ -56,7 +56,7 @@ def warmup_paper_0_9b(inputs: Inputs) -> Run:
     Data: the paper does not say how much its ablation saw; 20 tokens a parameter are 18e9. Hardware: several GPUs, by
     `accelerate launch`. Never run here: no figure to expect.
     """
-    return _warmup(inputs, lambda vocabulary: paper_0_9b(), 60416, (10_000, 4e-4, 8, 2048))
+    return _warmup(inputs, lambda vocabulary: paper("paper-0.9b"), 60416, (10_000, 4e-4, 8, 2048))
 
 
 def warmup_paper_2_4b(inputs: Inputs) -> Run:
@@ -65,7 +65,7 @@ def warmup_paper_2_4b(inputs: Inputs) -> Run:
     Data: the authors' run went on to 3.1e12 tokens before it diverged (design section 4), which is a
     cluster. Hardware: several nodes of GPUs, by `accelerate launch`. Never run here: no figure to expect.
     """
-    return _warmup(inputs, lambda vocabulary: paper_2_4b(), 60416, (10_000, 4e-4, 8, 2048))
+    return _warmup(inputs, lambda vocabulary: paper("paper-2.4b"), 60416, (10_000, 4e-4, 8, 2048))
 
 
 def warmup_model(inputs: Inputs) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from memory3.cost import Shape, preset
 from memory3.train.settings import TrainError
 
 SMALL = 12
@@ -26,32 +27,27 @@ def shape(depth: int, vocabulary: int) -> Any:
             raise TrainError(f"found {name} {value}, expected at least {least}")
     head_dim = 32 if depth <= SMALL else 64
     width = 2 * head_dim * max(1, round(depth * 64 / 3 / head_dim))
-    return _llama(depth, width // head_dim, width // head_dim // 2, head_dim, width * 5 // 2, vocabulary, tied=True)
+    heads = width // head_dim
+    return _llama(Shape(depth, width, heads, heads // 2, head_dim, width * 5 // 2, vocabulary), tied=True)
 
 
-def paper_2_4b() -> Any:
-    """The paper's model (arXiv 2407.01178, 3.4): 2.43e9 parameters without embeddings, hidden size 3200."""
-    return _llama(44, 40, 8, 80, 3200, 60416, tied=False)
+def paper(name: str) -> Any:
+    """The `LlamaConfig` of a shape of the paper (arXiv 2407.01178, 3.4), by its name in `memory3.cost.PRESETS`."""
+    return _llama(preset(name), tied=False)
 
 
-def paper_0_9b() -> Any:
-    """The paper's ablation model: 0.92e9 parameters without embeddings, hidden size 2048; its 8 kv heads and MLP width are
-    inferred (design section 4)."""
-    return _llama(40, 32, 8, 64, 2048, 60416, tied=False)
-
-
-def _llama(depth: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocabulary: int, tied: bool) -> Any:
-    """Hidden size is heads times head dim. 4096 positions: a sequence of 2048 behind the references' interval, and room."""
+def _llama(sizes: Shape, tied: bool) -> Any:
+    """4096 positions: a sequence of 2048 behind the references' interval, and room."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=heads * head_dim,
-        intermediate_size=mlp,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.mlp,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
         max_position_embeddings=4096,
         tie_word_embeddings=tied,
         pad_token_id=0,

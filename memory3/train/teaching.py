@@ -264,16 +264,8 @@ class Lessons:
             bos, after = self.decoder.bos_ids, self.decoder.tokens(lesson.after)
             return Context([*bos, *after], max(1, len(bos)), []) if after else None
         if kind == "asked":
-            return self._question(*rng.choice(lesson.questions)) if lesson.questions else None
+            return asked_context(self.decoder, *rng.choice(lesson.questions)) if lesson.questions else None
         return self.maker.made(kind, Passage("", lesson.reference), Window.of(self.decoder, lesson.reference), rng)
-
-    def _question(self, question: str, answer: str) -> Context:
-        """The prompt as it will be asked, with the answer and the end behind it where one is known."""
-        prompt = list(question_prompt(self.decoder, question).ids)
-        if not answer:
-            return Context(prompt, len(prompt), [])
-        space = "" if getattr(self.decoder.tokenizer, "chat_template", None) else " "
-        return Context([*prompt, *self.decoder.tokens(space + answer), self.maker.eos], len(prompt), [])
 
     def _drawn(self, own: int, count: int, rng: random.Random) -> list[int]:
         """What a context reads: its own reference, alone or among others, or others only; in a drawn order."""
@@ -284,6 +276,15 @@ class Lessons:
         row = [own, *(others[: self.read - 1] if rng.random() < self.mixture.crowded else [])]
         rng.shuffle(row)
         return row
+
+
+def asked_context(decoder: Decoder, question: str, answer: str) -> Context:
+    """The prompt as it will be asked, with the answer and the end behind it where one is known."""
+    prompt = list(question_prompt(decoder, question).ids)
+    if not answer:
+        return Context(prompt, len(prompt), [])
+    space = "" if getattr(decoder.tokenizer, "chat_template", None) else " "
+    return Context([*prompt, *decoder.tokens(space + answer), int(decoder.tokenizer.eos_token_id)], len(prompt), [])
 
 
 def longest_text(decoder: Decoder, mixture: Mixture) -> int:
