@@ -20,13 +20,14 @@ from memory3.bank import Bank
 from memory3.codebook import CODEBOOK
 from memory3.manifest import MANIFEST
 from memory3.spec import BankError
+from memory3.tiers import SETTINGS
 
 LISTING = "checksums.json"
 MOST_LISTING_BYTES = 64 * 2**20
 _BLOCK = 2**20
 _LANCE = "data|_versions|_indices|_transactions|_deletions|_refs"
 _OURS = re.compile(
-    rf"{re.escape(MANIFEST)}|{re.escape(CODEBOOK)}|shards/\d{{5}}\.kv|index\.lance/(memories|sources)\.lance/({_LANCE})/[\w.\-/]+"
+    rf"{re.escape(MANIFEST)}|{re.escape(CODEBOOK)}|{re.escape(SETTINGS)}|shards/\d{{5}}\.kv|index\.lance/(memories|sources)\.lance/({_LANCE})/[\w.\-/]+"
 )
 OnProgress = Callable[[int, int | None], None]
 Listing = dict[str, tuple[int, str]]

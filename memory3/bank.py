@@ -7,7 +7,7 @@ One process writes at a time; any number read, and see each batch whole or not a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -22,10 +22,10 @@ from memory3.journal import Deletion
 from memory3.manifest import MANIFEST, Manifest
 from memory3.reader import BankReader, MemoryWriter, version_name
 from memory3.record import Codec
-from memory3.shards import Shards
+from memory3.shards import NO_RECORD, Place, Shards
 from memory3.spec import BankError, BankMismatch, Memory, Reference
 from memory3.states import Version
-from memory3.uses import USES, Uses
+from memory3.uses import ENCODED, KNOWN, USES, Uses
 
 __all__ = ["Bank"]
 
@@ -87,6 +87,10 @@ class Bank(BankReader):
         """Bytes of all files of the folder."""
         return _bytes_under(self.path)
 
+    def shard_bytes(self) -> int:
+        """Bytes of all records, of those too that no row points at."""
+        return self._shards.total_bytes()
+
     def table_bytes(self) -> int:
         """Bytes of texts, sources and index."""
         return _bytes_under(self.path / FOLDER)
@@ -96,7 +100,8 @@ class Bank(BankReader):
     def add(self, references: Sequence[Reference], memories: Sequence[Memory]) -> int:
         """Store a batch of references with their memories; how many memories were new.
 
-        Content that the bank has already only gains its new (source, span) rows. Records are on disk before rows.
+        Content that the bank has already only gains its new (source, span) rows, and its memory where it was text alone. Records are
+        on disk before rows.
 
         Raises:
             BankError: the memories do not fit the bank, the disk is full, or another process writes.
@@ -106,11 +111,102 @@ class Bank(BankReader):
         by_id = {r.id: (_storable(r), m) for r, m in zip(reversed(references), reversed(memories), strict=True)}
         self._refuse_without_model()
         with self.exclusive():
+            codec, shape, places = self.manifest.codec, self.manifest.shape, self._catalogue.locate(by_id)
+            order = dict.fromkeys(r.id for r in references)
+            wanted = {id: by_id[id] for id in order if places.get(id, NO_RECORD) == NO_RECORD}
+            records = {id: codec.encode(memory, shape, id) for id, (_, memory) in wanted.items()}
+            new = [reference for id, (reference, _) in wanted.items() if id not in places]
+            if new:
+                self._append(new, lambda: self._shards.append([records.pop(r.id) for r in new]))
+            self.keep(records)
+            self._catalogue.add_spans(references)
+        return len(wanted)
+
+    def add_texts(self, references: Sequence[Reference]) -> int:
+        """Store a batch of references as text alone, to be encoded when they are read; how many were new.
+
+        Raises:
+            BankError: a reference that saw its surroundings, the disk is full, or another process writes.
+        """
+        by_id = {r.id: _storable(r) for r in reversed(references)}
+        if any(r.context for r in references):
+            raise BankError(
+                "found a reference that saw its surroundings, expected one that can be encoded alone: write it whole"
+            )
+        self._refuse_without_model()
+        with self.exclusive():
             new = [by_id[id] for id in self.missing(r.id for r in references)]
             if new:
-                self._append([r for r, _ in new], [m for _, m in new])
+                self._append(new, lambda: [NO_RECORD] * len(new))
             self._catalogue.add_spans(references)
         return len(new)
+
+    # Tiers
+
+    def unwritten(self, ids: Iterable[str]) -> list[str]:
+        """Those ids that the bank has no key-values of, in order, each once."""
+        wanted = list(dict.fromkeys(ids))
+        places = self._catalogue.locate(wanted)
+        return [id for id in wanted if places.get(id, NO_RECORD) == NO_RECORD]
+
+    def texts_among(self, ids: Iterable[str]) -> list[str]:
+        """Those of the ids that are kept as text alone, each once."""
+        return [id for id, place in self._catalogue.locate(dict.fromkeys(ids)).items() if place == NO_RECORD]
+
+    def keep(self, records: Mapping[str, bytes], instead_of: Sequence[str] = ()) -> int:
+        """Move texts up into memory, with the records that `load` made of them; how many.
+
+        What was deleted or moved meanwhile is left out. Records of `instead_of` fall back to text first, and their places are used.
+        """
+        if not records and not instead_of:
+            return 0
+        with self.exclusive():
+            wanted = self.texts_among(records)
+            free = list(self._dropped(instead_of).values())
+            reused = dict(zip(wanted, free, strict=False))
+            self._shards.replace({place: records[id] for id, place in reused.items()})
+            rest = wanted[len(reused) :]
+            places = dict(zip(rest, self._shards.append([records[id] for id in rest]), strict=True)) if rest else {}
+            if wanted:
+                self._catalogue.move(reused | places)
+        return len(wanted)
+
+    def drop(self, ids: Iterable[str]) -> int:
+        """Let memories fall back to text; how many. `compact` gives their space back. Those that saw their surroundings stay."""
+        with self.exclusive():
+            places = self._dropped(ids)
+            self._shards.erase(places.values())
+        return len(places)
+
+    def give(self, ids: Sequence[str], adapter: str) -> None:
+        """Move references into the parameters of an adapter, named by its fingerprint: who has it reads them no more; who does not
+        reads them as text.
+
+        Raises:
+            BankError: unknown ids, or a memory that saw its surroundings.
+        """
+        with self.exclusive():
+            places = self._catalogue.locate(ids)
+            self._refuse_unknown(id for id in ids if id not in places)
+            if bound := set(self.in_context()) & set(ids):
+                raise BankError(
+                    f"memory {min(bound)} saw its surroundings, expected one that can be encoded alone: leave it out"
+                )
+            self.uses.note_written(id for id, place in places.items() if place != NO_RECORD)
+            self._catalogue.give(list(places), adapter)
+            self._shards.erase(place for place in places.values() if place != NO_RECORD)
+
+    def _dropped(self, ids: Iterable[str]) -> dict[str, Place]:
+        """Move rows away from their records; where these were."""
+        bound = set(self.in_context())
+        there = self._catalogue.locate(dict.fromkeys(ids))
+        places = {id: place for id, place in there.items() if place != NO_RECORD and id not in bound}
+        if places:
+            self.uses.note_written(places)
+            self._catalogue.move(dict.fromkeys(places, NO_RECORD))
+        return places
+
+    # Forget
 
     def add_sources(self, references: Sequence[Reference]) -> int:
         """Note further places of texts that the bank has; how many were new. `BankError` for texts it does not have."""
@@ -221,10 +317,13 @@ class Bank(BankReader):
         with self.exclusive():
             self._catalogue.states.untag(name)
 
-    def count_uses(self, ids: Sequence[str], since: Version) -> None:
-        """Note in the use history that these were recalled from the bank as it was at `since`; looks at earlier states do not count."""
+    def count_uses(self, ids: Sequence[str], since: Version, encoded: Iterable[str] = (), known: Iterable[str] = ()) -> None:
+        """Note in the use history that these were recalled from the bank as it was at `since`, and which of them were encoded for it or
+        known to the model; looks at earlier states do not count.
+        """
         if self.at is None:
-            self.uses.count(ids, lambda ids: [] if self.version == since else self.missing(ids))
+            ways = {ENCODED: encoded, KNOWN: known}
+            self.uses.count(ids, lambda ids: [] if self.version == since else self.missing(ids), ways)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Be the only writer inside the block, across processes; may be nested. A deletion that a kill interrupted is
@@ -280,16 +379,13 @@ class Bank(BankReader):
                 Catalogue(self.path / FOLDER, create=True, space=space)
                 manifest.save(self.path)
 
-    def _append(self, references: Sequence[Reference], memories: Sequence[Memory]) -> None:
+    def _append(self, references: Sequence[Reference], stored: Callable[[], Sequence[Place]]) -> None:
         assert self.decoder is not None, "exclusive() has checked"
-        codec, shape = self.manifest.codec, self.manifest.shape
-        records = [codec.encode(memory, shape, r.id) for r, memory in zip(references, memories, strict=True)]
         lengths = [
             len(ids) for ids in self.decoder.tokenizer([r.text for r in references], add_special_tokens=False)["input_ids"]
         ]
-        vectors = [None] * len(records) if self.space is None else self.embedder.embed([r.text for r in references])
-        places = self._shards.append(records)
-        self._catalogue.add_memories([Entry(*row) for row in zip(references, lengths, places, vectors, strict=True)])
+        vectors = [None] * len(lengths) if self.space is None else self.embedder.embed([r.text for r in references])
+        self._catalogue.add_memories([Entry(*row) for row in zip(references, lengths, stored(), vectors, strict=True)])
 
     def _forget(self, ids: Sequence[str], spans: Sequence[Span] = ()) -> None:
         """Delete under the protection of a journal, from every version; an earlier one that failed is finished first."""

@@ -17,6 +17,7 @@ from memory3.shards import Place
 from memory3.spec import BankError, Reference
 from memory3.states import States, Version
 from memory3.tables import (
+    ADAPTER,
     CONTEXT,
     VECTOR,
     Table,
@@ -110,7 +111,7 @@ class Catalogue:
         return earlier
 
     def _has(self, column: str) -> bool:
-        return column in self._memories.schema.names
+        return self._memories.has(column)
 
     @property
     def space(self) -> VectorSpace | None:
@@ -121,7 +122,7 @@ class Catalogue:
         return int(self._memories.read(lambda table: table.count_rows()))
 
     def locate(self, ids: Iterable[str]) -> dict[str, Place]:
-        """Places of those memories that exist."""
+        """Places of those references that exist; `NO_RECORD` for texts."""
         columns = ("id", "shard", "slot")
         return {row["id"]: (row["shard"], row["slot"]) for row in self._newest.rows_with("id", ids, columns)}
 
@@ -230,13 +231,8 @@ class Catalogue:
         """Store vectors `(N, E)` of some memories, in one commit."""
         import pyarrow as pa
 
-        space = self.space
-        assert space is not None
-        schema = pa.schema([memories_schema().field("id"), space.field(VECTOR)])
         with writing(self.folder):
-            self._memories.raw.merge_insert("id").when_matched_update_all().execute(
-                pa.Table.from_arrays([pa.array(ids, pa.string()), _halves(vectors)], schema=schema)
-            )
+            self._memories.update({"id": pa.array(ids, pa.string()), VECTOR: _halves(vectors)})
 
     def add_memories(self, entries: Sequence[Entry]) -> None:
         """One committed batch of new memories; with a space each entry has its vector."""
@@ -342,9 +338,9 @@ class Catalogue:
         return sorted(found, key=lambda row: row["id"])[:limit]
 
     def every_place(self) -> dict[str, Place]:
-        """Places of all memories."""
+        """Places of all records; what is kept as text alone has none."""
         rows = self._newest.column("id", "shard", "slot").to_pylist()
-        return {row["id"]: (row["shard"], row["slot"]) for row in rows}
+        return {row["id"]: (row["shard"], row["slot"]) for row in rows if row["shard"] >= 0}
 
     def every_span(self) -> list[tuple[str, str]]:
         """Memory and source of every row of `sources`."""
@@ -355,12 +351,36 @@ class Catalogue:
         """Note new places of records, in one commit."""
         import pyarrow as pa
 
-        columns = {"id": list(places), "shard": [p[0] for p in places.values()], "slot": [p[1] for p in places.values()]}
-        schema = pa.schema([memories_schema().field(name) for name in columns])
+        shards, slots = (pa.array([place[n] for place in places.values()], pa.int32()) for n in (0, 1))
         with writing(self.folder):
-            self._memories.raw.merge_insert("id").when_matched_update_all().execute(
-                pa.Table.from_pydict(columns, schema=schema)
-            )
+            self._memories.update({"id": pa.array(list(places), pa.string()), "shard": shards, "slot": slots})
+
+    def give(self, ids: Sequence[str], adapter: str) -> None:
+        """Note that an adapter knows these texts, and that no record of theirs is kept, in one commit."""
+        import pyarrow as pa
+
+        with writing(self.folder):
+            if not self._has(ADAPTER):
+                self._memories.raw.add_columns(pa.field(ADAPTER, pa.string()))
+            none = pa.array([-1] * len(ids), pa.int32())
+            names = pa.array([adapter] * len(ids), pa.string())
+            self._memories.update({"id": pa.array(ids, pa.string()), "shard": none, "slot": none, ADAPTER: names})
+
+    def tiers(self) -> pa.Table:
+        """`id`, `tokens`, `shard` and `adapter` of every row; a shard below 0 is none, and so is an adapter of null."""
+        import pyarrow as pa
+
+        if self._newest.has(ADAPTER):
+            return self._newest.column("id", "tokens", "shard", ADAPTER)
+        found = self._newest.column("id", "tokens", "shard")
+        return found.append_column(ADAPTER, pa.nulls(len(found), pa.string()))
+
+    def known_to(self, adapters: Sequence[str], ids: Iterable[str]) -> list[str]:
+        """Those of the ids that one of these adapters knows."""
+        if not adapters or not self._newest.has(ADAPTER):
+            return []
+        rows = self._newest.rows_with("id", ids, ("id", ADAPTER))
+        return [row["id"] for row in rows if row[ADAPTER] in adapters]
 
     @property
     def version(self) -> Version:

@@ -49,7 +49,10 @@ class Decoder:
         spec: the resolved memory spec.
         prefix_ids: token ids of the reference BOS `<s>Reference:`.
         trained: whether the model says that it was trained for memory.
+        adapters: fingerprints of the adapters that were merged into the model when it was loaded.
     """
+
+    adapters: Sequence[str] = ()
 
     def __init__(self, model: Any, tokenizer: Any, spec: MemorySpec, geometry: Geometry, original: str, trained: bool) -> None:
         self.model, self.tokenizer, self.trained = model, tokenizer, trained
@@ -83,6 +86,7 @@ class Decoder:
         view = Decoder(self.model, self.tokenizer, spec, geometry, self._original, self.trained)
         if view._weights_state() == self._weights_state():
             view._fingerprint = self._fingerprint
+        view.adapters = self.adapters
         return view
 
     # ---- facts ----

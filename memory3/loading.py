@@ -74,7 +74,18 @@ def load(
         loaded = _placed(loaded, device)
     decoder = attach(loaded, tokenizer, spec)
     _remember(decoder, [_folder_of(name), *adapters])
+    decoder.adapters = [adapter_fingerprint(adapter) for adapter in adapters]
     return decoder
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """BLAKE2b (32 hex digits) over the weights of an adapter; `ModelError` where there are none."""
+    try:
+        return hashlib.blake2b((folder / ADAPTER_WEIGHTS).read_bytes(), digest_size=16).hexdigest()
+    except OSError as error:
+        raise ModelError(
+            f"found no adapter at {str(folder)!r} ({error.strerror}), expected a folder with {ADAPTER_WEIGHTS}"
+        ) from None
 
 
 def base_of(model: str | os.PathLike[str] | None = None) -> tuple[str, list[Path]]:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 
 from memory3.catalogue import Catalogue, Hit, Span
 from memory3.embedding import Embedder, VectorSpace, embedder_named
 from memory3.manifest import FORMAT_VERSION, Manifest
-from memory3.shards import Place
+from memory3.shards import NO_RECORD, Place
 from memory3.spec import BankError, Memory, MemorySpec, Reference
 from memory3.states import Version
 from memory3.tables import check_id
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+AT_ONCE = 64
+"""Texts that are encoded together."""
 
 
 class MemoryWriter(Protocol):
@@ -25,6 +33,8 @@ class MemoryWriter(Protocol):
     spec: MemorySpec
     """Resolved: layers and heads spelled out."""
     tokenizer: Any
+    adapters: Sequence[str]
+    """Fingerprints of the adapters that were merged into the model."""
 
     @property
     def head_dim(self) -> int:
@@ -62,6 +72,14 @@ class Records(Protocol):
 
     def close(self) -> None:
         """Let go of what is held; a later read takes it again."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A memory, and its record where it was kept as text and had to be encoded."""
+
+    memory: Memory
+    record: bytes | None = None
 
 
 class BankReader:
@@ -135,6 +153,10 @@ class BankReader:
         """Shard and slot of every memory's record."""
         return self._catalogue.every_place()
 
+    def tiers(self) -> pa.Table:
+        """`id`, `tokens`, `shard` and `adapter` of every reference: a shard below 0 says that it is text alone, an adapter who knows it."""
+        return self._catalogue.tiers()
+
     def spans(self) -> list[tuple[str, str]]:
         """Memory and source of every span."""
         return self._catalogue.every_span()
@@ -163,20 +185,33 @@ class BankReader:
     def read(self, ids: Sequence[str], device: torch.device | str = "cpu") -> list[Memory]:
         """Memories `(P, K, D)` on a device, decoded there, in the dtype of the decoder; each its own copy.
 
+        What is kept as text alone is encoded for this one read, with the same result.
+
         Raises:
-            BankError: an id is unknown, or its record is damaged.
+            BankError: an id is unknown, its record is damaged, or there is a text to encode and no model.
         """
+        return [one.memory for one in self.load(ids, device)]
+
+    def load(self, ids: Sequence[str], device: torch.device | str = "cpu") -> list[Loaded]:
+        """Memories as `read` gives them, and the records of those that were encoded for it."""
         self._check()
         places = self._catalogue.locate(ids)
         self._refuse_unknown(id for id in ids if id not in places)
+        kept = [(id, places[id]) for id in dict.fromkeys(ids) if places[id] != NO_RECORD]
         try:
-            memories = self._decoded([(id, places[id]) for id in ids], device)
+            found = dict(zip((id for id, _ in kept), self._decoded(kept, device), strict=True))
         except BankError:  # a record that moved, or that is damaged: which one?
-            memories = [self._read(id, places[id], device) for id in ids]
-        return [self._in_dtype(memory) for memory in memories]
+            found = {id: memory for id, place in kept if (memory := self._read(id, place, device)) is not None}
+        made = self._encoded([id for id in dict.fromkeys(ids) if id not in found])
+        found |= self._from_records(made, device)
+        return [Loaded(self._in_dtype(found[id]), made.get(id)) for id in ids]
 
-    def count_uses(self, ids: Sequence[str], since: Version) -> None:
+    def count_uses(self, ids: Sequence[str], since: Version, encoded: Iterable[str] = (), known: Iterable[str] = ()) -> None:
         """Note that these were recalled; a bank that is only read keeps no history."""
+
+    def known(self, ids: Iterable[str]) -> list[str]:
+        """Those of the ids that the model knows by itself, from an adapter that `memory3 apply` has noted here."""
+        return [] if self.decoder is None else self._catalogue.known_to(self.decoder.adapters, ids)
 
     def search(self, query: str, k: int) -> list[Hit]:
         """The `k` memories whose text shares most with the words of the query (BM25); score descending, then id."""
@@ -258,8 +293,35 @@ class BankReader:
         """Tagged states and their versions. A tag is kept until a deletion: that drops all of them."""
         return {name: version_name(version) for name, version in self._catalogue.states.tags().items()}
 
-    def _read(self, id: str, place: Place, device: torch.device | str) -> Memory:
-        """One memory; looked up again where a writer moved or erased the record since."""
+    def _encoded(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Records of texts that have none."""
+        if not ids:
+            return {}
+        if self.decoder is None:
+            raise BankError(
+                f"{self.address} was opened without a model and keeps {len(ids)} references as text, expected memories: open it with "
+                "the model that wrote it"
+            )
+        found = self._catalogue.references(ids)
+        self._refuse_unknown(id for id in ids if id not in found)
+        texts = [found[id][0].text for id in ids]
+        parts = [texts[start : start + AT_ONCE] for start in range(0, len(ids), AT_ONCE)]
+        memories = [self._in_own_dtype(memory) for part in parts for memory in self.decoder.encode(part)]
+        codec, shape = self.manifest.codec, self.manifest.shape
+        return {id: codec.encode(memory, shape, id) for id, memory in zip(ids, memories, strict=True)}
+
+    def _in_own_dtype(self, memory: Memory) -> Memory:
+        """In the dtype of the model that wrote the bank."""
+        dtype = getattr(torch, self.manifest.identity["dtype"])
+        return Memory(memory.keys.to(dtype), memory.values.to(dtype), memory.positions)
+
+    def _from_records(self, records: Mapping[str, bytes], device: torch.device | str) -> dict[str, Memory]:
+        rows, names = [bytearray(record) for record in records.values()], [f"text {id}, encoded" for id in records]
+        memories = self.manifest.codec.decode_all(rows, self.manifest.shape, list(records), names, device)
+        return dict(zip(records, memories, strict=True))
+
+    def _read(self, id: str, place: Place, device: torch.device | str) -> Memory | None:
+        """One memory; looked up again where a writer moved or erased the record since. `None`: it is text now."""
         try:
             [memory] = self._decoded([(id, place)], device)
         except BankError:
@@ -267,6 +329,8 @@ class BankReader:
             self._refuse_unknown(() if id in now else (id,))
             if now[id] == place:
                 raise
+            if now[id] == NO_RECORD:
+                return None
             [memory] = self._decoded([(id, now[id])], device)
         return memory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,6 +19,7 @@ from memory3.reader import MemoryWriter
 from memory3.record import Codec
 from memory3.spec import BankError, Reference
 from memory3.splitting import split
+from memory3.tiers import Settings, shape_of
 from memory3.writing import WriteReport, write
 
 RENAMED = "renamed.jsonl"
@@ -64,7 +65,12 @@ def rebuild(
         chosen = codec or _codec_again(bank, decoder)
         with Bank(fresh, decoder, create=True, codec=chosen, embedder=None if fresh.exists() else embedder) as target:
             target.embed(embedder)  # where an interrupted rebuild began with other vectors
-            report = write(decoder, _again(bank, decoder, names), target, batch_size=batch_size, on_progress=on_progress)
+            texts = set(bank.texts_among(bank.ids()))
+            _same_settings(bank, target, decoder)
+            report = write(decoder, _again(bank, decoder, names, texts), target, batch_size=batch_size, on_progress=on_progress)
+            if texts:
+                left = _again(bank, decoder, names, set(bank.ids()) - texts)
+                report = report.plus(write(decoder, left, target, lazy=True, on_progress=on_progress))
             contextual = _again_in_context(bank, decoder, names)
             if contextual:
                 more = write(decoder, contextual, target, batch_size=batch_size, context=True, on_progress=on_progress)
@@ -102,12 +108,17 @@ def _forget_what_went(bank: Bank, target: Bank, names: dict[str, list[str]]) -> 
     target.forget_spans([span for span in target.spans_of(stale) if span[1] not in sources])
 
 
-def _again(bank: Bank, decoder: MemoryWriter, names: dict[str, list[str]]) -> Iterator[Reference]:
-    """Every text that was encoded alone at every place it came from, split again where it is too long; notes new ids under old
-    ones.
+def _same_settings(bank: Bank, target: Bank, decoder: MemoryWriter) -> None:
+    """The limits of the old bank hold for the new one."""
+    replace(Settings.load(bank.path), shape=shape_of(decoder)).save(target.path)
+
+
+def _again(bank: Bank, decoder: MemoryWriter, names: dict[str, list[str]], but: Collection[str] = ()) -> Iterator[Reference]:
+    """Every text that was encoded alone at every place it came from, but some, split again where it is too long; notes new ids under
+    old ones.
     """
     whole = set(_read_whole(bank))
-    ids = bank.ids()
+    ids = [id for id in bank.ids() if id not in but]
     for start in range(0, len(ids), 512):
         for id, spans in bank.references(ids[start : start + 512]).items():
             places = [place for place in spans if place.source not in whole]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from memory3.reader import BankReader, MemoryWriter, version_name
 from memory3.retrieval import RETRIEVERS, Hit, Retriever, default_retriever
 from memory3.spec import BankError, Memory, Reference, SpecError
 from memory3.splitting import overlap
+from memory3.tiers import Tiers
 from memory3.writing import write
 
 TRAINING_OVERLAP, EVALUATION_OVERLAP = 0.9, 2 / 3
@@ -34,6 +35,8 @@ class Recalled:
         memories: `(P, K, D)` each, on the CPU, in the order of the hits.
         references: text and first place of each.
         bytes_read: bytes that came from disk; what the RAM cache held costs none.
+        encoded: references that are kept as text and were encoded for this recall.
+        known: ids of references that were found and not read, for the model knows them from an adapter.
         versions: state of each bank that was searched, as `Bank(…, at=…)` takes it.
     """
 
@@ -42,6 +45,8 @@ class Recalled:
     memories: tuple[Memory, ...] = ()
     references: tuple[Reference, ...] = ()
     bytes_read: int = 0
+    encoded: int = 0
+    known: tuple[str, ...] = ()
     versions: tuple[str, ...] = ()
 
 
@@ -99,7 +104,8 @@ class Recall:
         min_score: hits below are dropped, so that irrelevant questions recall nothing.
         max_overlap: hits whose overlap with the whole text is larger are dropped (`EVALUATION_OVERLAP`).
         cache_bytes: limit of the RAM cache.
-        counted: note each recall in the use history of its bank; measurements are no use.
+        counted: note each recall in the use history of its bank, and let use move references between tiers; measurements are
+            no use.
 
     Raises:
         BankError: no bank, a fixed id that no bank has, or a bank opened without a decoder.
@@ -137,6 +143,7 @@ class Recall:
         self.retriever = retriever or ("lexical" if self.fixed is not None else default_retriever(self.banks))
         self._retrievers: list[Retriever] = [RETRIEVERS[self.retriever](bank) for bank in self.banks]
         self._versions = [bank.version for bank in self.banks]
+        self._tiers = [Tiers(bank) if isinstance(bank, Bank) and bank.at is None else None for bank in self.banks]
         self.check(decoder)
 
     def check(self, decoder: MemoryWriter) -> None:
@@ -222,28 +229,50 @@ class Recall:
         return {(b, id): spans[0] for b, some in read.items() for id, spans in some.items()}
 
     def _loaded(self, queries: Sequence[str], found: Sequence[Sequence[_Found]]) -> list[Recalled]:
-        """Memories from the cache or the disk; what all queries want of one bank comes in one read."""
+        """Memories from the cache, the disk or their texts; what all queries want of one bank comes in one read."""
+        known = self._known(found)
+        left_out = [tuple(hit.id for b, hit in some if (b, hit.id) in known) for some in found]
+        found = [[(b, hit) for b, hit in some if (b, hit.id) not in known] for some in found]
         keys = [[(b, hit.id) for b, hit in some] for some in found]
         texts = self._references(found)
         held = {key: memory for key in texts if (memory := self.cache.get(key)) is not None}
-        absent = set(texts) - set(held)
+        absent, records = set(texts) - set(held), dict[_Key, bytes]()
         for b, ids in _by_bank(key for some in keys for key in some if key in absent).items():
-            for id, memory in zip(ids, self.banks[b].read(ids), strict=True):
-                held[b, id] = memory
-                self.cache.put((b, id), memory)
+            for id, one in zip(ids, self.banks[b].load(ids), strict=True):
+                held[b, id] = one.memory
+                self.cache.put((b, id), one.memory)
+                if one.record is not None:
+                    records[b, id] = one.record
         if self.counted:
-            for b, bank in enumerate(self.banks):
-                if used := [id for some in keys for holder, id in some if holder == b]:
-                    bank.count_uses(used, self._versions[b])
+            self._count([*keys, *([key for key in known if key[1] in some] for some in left_out)], records, known)
         versions = tuple(map(version_name, self._versions))
         recalled = []
-        for query, some, wanted in zip(queries, found, keys, strict=True):
+        for query, some, wanted, without in zip(queries, found, keys, left_out, strict=True):
             fresh = absent & set(wanted)  # the first query that wants a memory is the one that reads it
             absent -= fresh
-            size = sum(self.banks[b].record_bytes for b, _ in fresh)
+            made = fresh & set(records)
+            size = sum(self.banks[b].record_bytes for b, _ in fresh - made)
             memories, references = tuple(held[key] for key in wanted), tuple(texts[key] for key in wanted)
-            recalled.append(Recalled(query, tuple(hit for _, hit in some), memories, references, size, versions))
+            hits = tuple(hit for _, hit in some)
+            recalled.append(Recalled(query, hits, memories, references, size, len(made), without, versions))
         return recalled
+
+    def _known(self, found: Sequence[Sequence[_Found]]) -> set[_Key]:
+        """What the model knows without reading."""
+        wanted = _by_bank((b, hit.id) for some in found for b, hit in some)
+        return {(b, id) for b, ids in wanted.items() for id in self.banks[b].known(ids)}
+
+    def _count(self, keys: Sequence[Sequence[_Key]], records: Mapping[_Key, bytes], known: Iterable[_Key]) -> None:
+        """Note the uses of each bank, and settle in which tier the texts are that were encoded now."""
+        known = set(known)
+        for b, bank in enumerate(self.banks):
+            used = [key[1] for some in keys for key in some if key[0] == b]
+            made = {id: record for (holder, id), record in records.items() if holder == b}
+            if used:
+                inside = [id for id in used if (b, id) in known]
+                bank.count_uses(used, self._versions[b], made, inside)
+            if made and (tiers := self._tiers[b]) is not None:
+                tiers.settle(made)
 
 
 def _by_bank(keys: Iterable[_Key]) -> dict[int, list[str]]:

@@ -17,8 +17,8 @@ from memory3.bank import SHARDS, Bank
 from memory3.catalogue import FOLDER, Catalogue
 from memory3.embedding import Embedder
 from memory3.manifest import MANIFEST, Manifest
-from memory3.reader import BankReader, MemoryWriter
-from memory3.shards import Place
+from memory3.reader import BankReader, Loaded, MemoryWriter
+from memory3.shards import NO_RECORD, Place
 from memory3.spec import BankError, Memory
 
 CACHE_BYTES = 2**30
@@ -297,8 +297,8 @@ class RemoteBank(BankReader):
         super().__init__(address, decoder, manifest, Catalogue(f"{address}/{FOLDER}"), self.records, embedder, at)
         self._seen = self.version
 
-    def read(self, ids: Sequence[str], device: torch.device | str = "cpu") -> list[Memory]:
-        """Memories `(P, K, D)`, as `BankReader.read`; what is not in the cache comes in few requests.
+    def load(self, ids: Sequence[str], device: torch.device | str = "cpu") -> list[Loaded]:
+        """Memories `(P, K, D)`, as `BankReader.load`; what is not in the cache comes in few requests.
 
         After a push, records of changed shards leave the cache first.
         """
@@ -307,8 +307,8 @@ class RemoteBank(BankReader):
             self.records.refresh()
             self._seen = version
         with suppress(BankError):  # a push in between: each record is looked up again below
-            self.records.fetch(self._catalogue.locate(ids).values())
-        return super().read(ids, device)
+            self.records.fetch(place for place in self._catalogue.locate(ids).values() if place != NO_RECORD)
+        return super().load(ids, device)
 
     def total_bytes(self) -> int:
         """Bytes of all objects under the address."""

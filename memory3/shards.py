@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from memory3.spec import BankError
 
 Place = tuple[int, int]
 """Shard number and slot inside it."""
+NO_RECORD: Place = (-1, -1)
+"""The place of what is kept as text alone."""
 
 _NAME = re.compile(r"(\d{5})\.kv")
 
@@ -63,6 +65,26 @@ class Shards:
                 f"{self._path(shard)} has {size} bytes, expected at least {start + len(record)}: it was cut; write its documents again (memory3 write)"
             )
         return record
+
+    def replace(self, records: Mapping[Place, bytes]) -> None:
+        """Overwrite records that no row points at any more, and sync.
+
+        Raises:
+            BankError: the disk refuses; what stood there may be gone.
+        """
+        by_shard: dict[int, list[int]] = {}
+        for shard, slot in records:
+            by_shard.setdefault(shard, []).append(slot)
+        for shard, slots in by_shard.items():
+            try:
+                with self._path(shard).open("r+b") as file:
+                    for slot in slots:
+                        file.seek(slot * self.record_bytes)
+                        file.write(records[shard, slot])
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise BankError(f"{self._path(shard)} cannot be written ({error.strerror}): make it writable") from error
 
     def erase(self, places: Iterable[Place]) -> None:
         """Overwrite records with zeros and sync; what a lost or cut file no longer holds is passed over."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ VECTOR = "vector"
 """Column of `memories` that only banks with an embedder have."""
 CONTEXT = "context"
 """Column of `memories` that only banks have where a memory saw its surroundings."""
+ADAPTER = "adapter"
+"""Column of `memories` that only banks have where a reference was moved into the parameters of an adapter."""
 FEWEST_FOR_ANN = 32_768
 """Vectors from which on an approximate index is built; figures on both sides of it stand in docs/results.md."""
 _IDS_PER_QUERY = 1024
@@ -50,6 +52,10 @@ class Table:
     def schema(self) -> pa.Schema:
         """Columns with their metadata."""
         return self.read(lambda table: table.schema)
+
+    def has(self, column: str) -> bool:
+        """Whether there is such a column."""
+        return column in self.schema.names
 
     def dataset(self) -> Any:
         """The table as a `lance.LanceDataset`."""
@@ -92,6 +98,14 @@ class Table:
         """Rows whose `column` is among the ids."""
         for some in batches(list(dict.fromkeys(ids))):
             yield from self.rows(among(column, some), columns)
+
+    def update(self, columns: Mapping[str, pa.Array]) -> None:
+        """Change some columns of the rows that these ids name, in one commit; `id` is among the columns."""
+        import pyarrow as pa
+
+        fields = [self.schema.field(name) for name in columns]
+        rows = pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields))
+        self.raw.merge_insert("id").when_matched_update_all().execute(rows)
 
     def index_words(self) -> None:
         """Make the full-text index anew."""

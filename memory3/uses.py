@@ -14,8 +14,14 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from math import expm1, log
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
 
 from memory3.spec import BankError, SpecError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 USES = "uses.sqlite"
 HALF_LIFE_DAYS = 30.0
@@ -26,7 +32,11 @@ PATIENCE_S = 10.0
 _TABLES = """
 create table if not exists uses (id text primary key, score real not null, at real not null, recalls integer not null) without rowid;
 create table if not exists about (name text primary key, value real not null) without rowid;
+create table if not exists ways (id text not null, way text not null, times integer not null, primary key (id, way)) without rowid;
 """
+ENCODED, KNOWN = "encoded", "known"
+"""Ways of a recall that differ from reading a record: the text was encoded for it; the model knew it, and read nothing."""
+_WAY = "insert into ways values (:id, :way, :n) on conflict (id, way) do update set times = times + :n"
 _COUNT = """
 insert into uses values (:id, :n, :now, :n) on conflict (id) do update set
 score = decayed(score, :now - at) + :n, at = max(at, :now), recalls = recalls + :n
@@ -40,10 +50,15 @@ class Use:
     Args:
         score: recalls, each halved for every half-life that has passed since.
         recalls: all of them, as they were counted.
+        encoded: times that its text was encoded, as far as the bank was told: for a recall, or when it was written before it fell
+            back to text.
+        known: recalls by a model that had it in an adapter.
     """
 
     score: float
     recalls: int
+    encoded: int = 0
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,8 +89,13 @@ class Uses:
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self.path, self._clock = path, clock
 
-    def count(self, ids: Iterable[str], gone: Callable[[list[str]], list[str]] = lambda ids: []) -> bool:
-        """Count a recall of each id, as often as it occurs; whether it could be noted.
+    def count(
+        self,
+        ids: Iterable[str],
+        gone: Callable[[list[str]], list[str]] = lambda ids: [],
+        ways: Mapping[str, Iterable[str]] = MappingProxyType({}),
+    ) -> bool:
+        """Count a recall of each id, as often as it occurs, and for each way the ids that were read so; whether it could be noted.
 
         `gone` says, after the commit, which of the ids the bank does not have any more: what is deleted while it is recalled must
         leave no trace. Whoever deletes later than this look finds the count; whoever deleted before it is seen by it.
@@ -85,6 +105,8 @@ class Uses:
             with self._changed(patience_s=0) as open_:
                 open_.execute("insert or ignore into about values ('began', ?)", (now,))
                 open_.executemany(_COUNT, [{"id": id, "n": n, "now": now} for id, n in counts.items()])
+                rows = [{"id": id, "way": way, "n": n} for way, some in ways.items() for id, n in Counter(some).items()]
+                open_.executemany(_WAY, rows)
             self._delete(gone(list(counts)))
         except (sqlite3.Error, OSError, BankError):  # the last where the bank itself goes away meanwhile
             return False
@@ -104,13 +126,23 @@ class Uses:
             with closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=rw", uri=True, timeout=PATIENCE_S)) as open_:
                 about = dict(open_.execute("select name, value from about"))
                 rows = open_.execute("select id, score, at, recalls from uses").fetchall()
+                ways = _ways(open_)
         except sqlite3.Error as error:
             raise BankError(
                 f"{self.path} cannot be read ({error}), expected a use history: remove it to begin a new one"
             ) from None
         half_life = about.get("half_life_days", HALF_LIFE_DAYS)
-        uses = {id: Use(decayed(score, now - at, half_life), recalls) for id, score, at, recalls in rows}
+        uses = {
+            id: Use(decayed(score, now - at, half_life), recalls, ways.pop((id, ENCODED), 0), ways.pop((id, KNOWN), 0))
+            for id, score, at, recalls in rows
+        }
+        uses |= {id: Use(0.0, 0, times) for (id, way), times in ways.items() if way == ENCODED}
         return History(uses, about.get("began"), now, half_life)
+
+    def note_written(self, ids: Iterable[str]) -> None:
+        """Note that the memories of these were encoded once, where nothing says so yet: they are about to go."""
+        with suppress(sqlite3.Error, OSError), self._changed() as open_:
+            open_.executemany("insert or ignore into ways values (?, ?, 1)", [(id, ENCODED) for id in ids])
 
     def set_half_life(self, days: float) -> None:
         """Let a recall count half after so many days, from now on; `SpecError` below 0, `BankError` where it cannot be noted."""
@@ -126,7 +158,12 @@ class Uses:
 
     def take(self, history: History, names: Mapping[str, Sequence[str]]) -> None:
         """Begin with the counts of another bank, under the names that its memories have here; where that fails, without."""
-        rows = [(id, use.score, history.now, use.recalls) for old, use in history.uses.items() for id in names.get(old, ())]
+        rows = [
+            (id, use.score, history.now, use.recalls)
+            for old, use in history.uses.items()
+            for id in names.get(old, ())
+            if use.recalls
+        ]
         with suppress(sqlite3.Error, OSError):
             if history.began is not None:
                 with self._changed() as open_:
@@ -157,7 +194,8 @@ class Uses:
     def _delete(self, ids: list[str]) -> None:
         if ids:
             with self._changed() as open_:
-                open_.executemany("delete from uses where id = ?", [(id,) for id in ids])
+                for table in ("uses", "ways"):
+                    open_.executemany(f"delete from {table} where id = ?", [(id,) for id in ids])
 
     def holders_of(self, ids: Iterable[str]) -> dict[str, list[str]]:
         """Which of these ids stand in the bytes of the history, or of the journal that a kill left beside it, by name of the file."""
@@ -193,9 +231,39 @@ class Uses:
             open_.execute("commit")
 
 
+def _ways(open_: sqlite3.Connection) -> dict[tuple[str, str], int]:
+    """Times of each id and way; a history from before this was counted has none."""
+    if not open_.execute("select 1 from sqlite_master where name = 'ways'").fetchone():
+        return {}
+    return {(id, way): times for id, way, times in open_.execute("select id, way, times from ways")}
+
+
 def decayed(score: float, age_s: float, half_life_days: float = HALF_LIFE_DAYS) -> float:
     """What is left of a score after a time; clocks that ran backwards take nothing."""
     return float(score * 0.5 ** (max(0.0, age_s) / DAY_S / half_life_days))
+
+
+PRIOR = 0.5
+"""Uses that a reference is taken to have had before it was watched, at the mean rate of its bank (Jeffreys)."""
+
+R = TypeVar("R", float, "NDArray[np.float64]")
+
+
+def exposure(age_days: float, half_life_days: float = HALF_LIFE_DAYS) -> float:
+    """Days that a reference was watched, faded like its uses; less than a day counts as a day: two uses in a minute are no thousand a
+    day.
+    """
+    life = half_life_days / log(2)
+    return life * -expm1(-max(age_days, 1.0) / life)
+
+
+def posterior_rate(faded: R, exposed_days: float, mean: float) -> R:
+    """Uses per day, from uses that fade: the mean of a Gamma distribution whose prior has the mean of the bank.
+
+    A reference with `c` faded uses, seen for `e` faded days, has `(c + a) / (e + a / mean)`, with `a = 1/2`: the first uses do not raise
+    a reference to the sky, and what was never used is not impossible.
+    """
+    return (faded + PRIOR) / (exposed_days + PRIOR / mean)
 
 
 def expected_uses(history: History, created: dict[str, float], days: float) -> dict[str, float]:

@@ -52,8 +52,8 @@ def verify(bank: Bank, on_progress: Callable[[int, int | None], None] | None = N
 
 
 def _verified(bank: Bank, on_progress: Callable[[int, int | None], None] | None) -> Verdict:
-    found, ids = Verdict(), bank.ids()
-    looks: list[Look] = [bank.references, bank.read]
+    found, ids, places = Verdict(), bank.ids(), bank.places()
+    looks: list[Look] = [bank.references, lambda ids: bank.read([id for id in ids if id in places])]
     try:
         bank.manifest.codec.files()
     except BankError as error:  # then no memory can be decoded: one problem, not one for each
@@ -71,7 +71,6 @@ def _verified(bank: Bank, on_progress: Callable[[int, int | None], None] | None)
         if memory not in known:
             found.problems.append(f"source {source!r} names memory {memory}, which is not there: write it again")
     found.problems += [f"memory {id} has no source: write its document again" for id in ids if id not in sourced]
-    places = bank.places()
     twice = len(places) - len(set(places.values()))
     if twice:
         found.problems.append(f"{twice} rows point at a record that another row points at too: restore the bank from a copy")

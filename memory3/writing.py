@@ -13,7 +13,8 @@ from memory3.bank import Bank
 from memory3.catalogue import Span
 from memory3.context import Stretch, stretches
 from memory3.reader import MemoryWriter
-from memory3.spec import BankError, Memory, Reference
+from memory3.spec import BankError, Memory, Reference, SpecError
+from memory3.tiers import Tiers, prepare
 
 WINDOW = 1024
 """References that are looked up and sorted by length together."""
@@ -60,6 +61,7 @@ def write(
     read: Sequence[str] = (),
     update: bool = False,
     context: bool = False,
+    lazy: bool = False,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> WriteReport:
     """Encode references and store them; equal content is encoded once, also across calls.
@@ -76,12 +78,19 @@ def write(
         update: forget what the bank has of these files beyond their references now; otherwise it is only counted.
         context: encode neighbouring references of a document as one sequence, so that each sees what stands before it, as
             far as the model's window reaches. An edit then changes the memories behind it too.
+        lazy: store texts alone; each is encoded when it is recalled, and kept where that pays (`memory3.tiers`). With `max_bytes`
+            memories fall back to text to make room for texts. Without it, texts of the bank that are met are encoded.
         on_progress: called with the references done so far and, where known, their total.
 
     Raises:
         BankError: another process writes, the disk or the budget is full, or the bank is another model's. What was
             committed before stays.
+        SpecError: both `lazy` and `context`: a memory that saw its surroundings cannot be encoded alone.
     """
+    if lazy and context:
+        raise SpecError(
+            "found a lazy write in context, expected one of them: a memory that saw its surroundings cannot be encoded alone"
+        )
     started = perf_counter()
     if decoder is not bank.decoder:
         bank.manifest.check(bank.path, decoder.identity())
@@ -89,12 +98,14 @@ def write(
     done = written = 0
     with bank.exclusive():
         changes = _Changes()
-        steps = _in_context(decoder, references, bank, batch_size) if context else _alone(decoder, references, bank, batch_size)
-        for step in steps:
+        prepare(bank, decoder, max_bytes if lazy else None)
+        ways = {"lazy": _as_texts, "context": _in_context, "alone": _alone}
+        way = ways["lazy" if lazy else "context" if context else "alone"]
+        for step in way(decoder, references, bank, batch_size):
             changes.take(step.window)
             if step.new:
-                _check_budget(bank, step.new, max_bytes, written)
-                written += bank.add(step.new, step.encode())
+                _check_budget(bank, step.new, max_bytes, written, lazy)
+                written += bank.add_texts(step.new) if lazy else bank.add(step.new, step.encode())
             bank.add_sources(step.known)
             before, done = done, done + len(step.new) + len(step.known)
             _tell(on_progress, done, total)
@@ -103,16 +114,19 @@ def write(
         stale = changes.stale(bank, read) if read else []
         removed = bank.forget_spans(stale) if update else 0
         bank.refresh(keep_versions=max_bytes is None)
-    size = bank.record_bytes
+    size = 0 if lazy else bank.record_bytes
     left = 0 if update else len(stale)
     return WriteReport(written, done - written, left, removed, written * size, size, perf_counter() - started)
 
 
-def _check_budget(bank: Bank, batch: Sequence[Reference], max_bytes: int | None, written: int) -> None:
+def _check_budget(bank: Bank, batch: Sequence[Reference], max_bytes: int | None, written: int, lazy: bool) -> None:
     """Stop before the folder could grow beyond the budget; texts count four times, for their index and for a rewriting."""
     if max_bytes is None:
         return
-    wanted = sum(bank.record_bytes + 4 * len(reference.text.encode()) for reference in batch) + bank.table_bytes()
+    record = 0 if lazy else bank.record_bytes
+    wanted = sum(record + 4 * len(reference.text.encode()) for reference in batch) + bank.table_bytes()
+    if lazy and bank.total_bytes() + wanted > max_bytes:
+        Tiers(bank).fit(wanted)
     held = bank.total_bytes()
     if held + wanted > max_bytes:
         bank.refresh(keep_versions=False)
@@ -173,6 +187,13 @@ def _alone(decoder: MemoryWriter, references: Iterable[Reference], bank: Bank, b
         yield _Step((), list, known, window)
 
 
+def _as_texts(decoder: MemoryWriter, references: Iterable[Reference], bank: Bank, batch_size: int) -> Iterator[_Step]:
+    """Nothing is encoded; a window is a batch."""
+    for window in _windows(references):
+        new, known = _divided(window, bank, lazy=True)
+        yield _Step(new, list, known, window)
+
+
 def _in_context(decoder: MemoryWriter, references: Iterable[Reference], bank: Bank, batch_size: int) -> Iterator[_Step]:
     """Neighbours of a document as one sequence; as many sequences at a time as make a batch."""
     held: list[Stretch] = []
@@ -208,9 +229,10 @@ def _windows(references: Iterable[Reference]) -> Iterator[list[Reference]]:
         yield window
 
 
-def _divided(window: Sequence[Reference], bank: Bank) -> tuple[list[Reference], list[Reference]]:
-    """The first reference of each content that the bank does not have, and the rest."""
-    missing = set(bank.missing(reference.id for reference in window))
+def _divided(window: Sequence[Reference], bank: Bank, lazy: bool = False) -> tuple[list[Reference], list[Reference]]:
+    """The first reference of each content that the bank does not have, or not as wanted, and the rest."""
+    ids = [reference.id for reference in window]
+    missing = set(bank.missing(ids) if lazy else bank.unwritten(ids))
     new: list[Reference] = []
     rest: list[Reference] = []
     for reference in window:

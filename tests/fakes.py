@@ -65,6 +65,7 @@ class FakeDecoder:
         return [self._memory(text) for text in texts]
 
     window = 96
+    adapters: Sequence[str] = ()
 
     def encode_in_context(self, texts: Sequence[str]) -> list[Memory]:
         assert sum(map(count, texts)) <= self.window

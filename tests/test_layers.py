@@ -37,6 +37,7 @@ ROWS = [
     ["catalogue"],
     ["journal", "guard", "reader", "encoding"],
     ["decoder", "bank"],
+    ["tiers"],
     ["writing", "loading", "sampling", "verifying", "archive", "remote", "internal"],
     ["retrieval"],
     ["recall", "rebuilding", "sharing", "fitting"],

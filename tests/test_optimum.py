@@ -13,8 +13,9 @@ from test_policies import BURDENS, PAPER
 
 from memory3.hierarchy.optimum import optimum
 from memory3.hierarchy.policies import POLICIES
-from memory3.hierarchy.replay import MEMORY, PARAMETERS, TEXT, Costs, replay
+from memory3.hierarchy.replay import MEMORY, PARAMETERS, TEXT, replay
 from memory3.hierarchy.trace import Trace, zipf
+from memory3.tiers import Costs
 
 EPS = 1e-6
 """The solver's tolerance, relative."""

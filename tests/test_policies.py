@@ -9,9 +9,10 @@ import pytest
 
 from memory3.cost import PRESETS, formats
 from memory3.hierarchy.policies import POLICIES, Adaptive, Rates
-from memory3.hierarchy.replay import KINDS, MEMORY, PARAMETERS, TEXT, Costs, Shelf, costs_of, replay
+from memory3.hierarchy.replay import KINDS, MEMORY, PARAMETERS, TEXT, Shelf, replay
 from memory3.hierarchy.trace import Trace, zipf
 from memory3.spec import SpecError
+from memory3.tiers import Costs, costs_of
 
 PAPER = Costs(text=0.624, encoding=0.308, memory=1.44e-4, consolidation=2.24)
 BURDENS = {

@@ -71,8 +71,8 @@ def test_all_queries_are_served_by_one_read_and_each_gets_what_it_gets_alone(
     queries = ["tower", "salt and crows", "When was the tower completed?", ""]
     alone = [Recall(bank, **options)([query])[0] for query in queries]
     read: list[list[str]] = []
-    reads = bank.read
-    monkeypatch.setattr(bank, "read", lambda ids, **words: read.append(list(ids)) or reads(ids, **words))
+    loads = bank.load
+    monkeypatch.setattr(bank, "load", lambda ids, **words: read.append(list(ids)) or loads(ids, **words))
     together = Recall(bank, **options)(queries)
     assert len(read) == 1
     assert len(set(read[0])) == len(read[0]) == sum(found.bytes_read for found in together) // bank.record_bytes

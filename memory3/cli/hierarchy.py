@@ -356,10 +356,10 @@ def simulate(
     from memory3.cost import formats
     from memory3.evaluate.picture import check_picture
     from memory3.hierarchy.policies import Adaptive
-    from memory3.hierarchy.replay import costs_of
     from memory3.hierarchy.simulation import document, headed, rent_of, settings
     from memory3.hierarchy.simulation import simulate as play
     from memory3.hierarchy.trace import read_trace, zipf
+    from memory3.tiers import costs_of
 
     if out is not None:
         check_picture(out)

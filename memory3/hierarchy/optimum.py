@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memory3.hierarchy.replay import Costs
 from memory3.hierarchy.trace import Trace
 from memory3.spec import Memory3Error
+from memory3.tiers import Costs
 
 ALGORITHM = "minimum-cost flow with consolidation relaxed to fractions, by linear programming (HiGHS)"
 

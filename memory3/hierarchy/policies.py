@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from memory3.hierarchy.replay import MEMORY, PARAMETERS, TEXT, Policy, Shelf, Use
 from memory3.spec import SpecError
+from memory3.uses import exposure, posterior_rate
 
 
 @dataclass(frozen=True)
@@ -155,18 +156,15 @@ class Adaptive(Policy):
 class Rates:
     """Expected uses per day, from uses that fade: the mean of a Gamma distribution whose prior has the mean of the bank.
 
-    A reference with `c` faded uses, seen for `e` faded days, has `(c + a) / (e + a / mean)`, with `a = 1/2` (Jeffreys): the first
-    uses do not raise a reference to the sky, and what was never used is not impossible.
+    The formula is that of `memory3.uses.posterior_rate`, which a bank in use goes by.
 
     Args:
         references: `N`.
         half_life: days in which a use loses half of its weight.
     """
 
-    PRIOR = 0.5
-
     def __init__(self, references: int, half_life: float) -> None:
-        self.life = half_life / math.log(2)
+        self.half_life, self.life = half_life, half_life / math.log(2)
         self.uses, self.seen = np.zeros(references), np.zeros(references)
         self.all, self.last = 0.0, 0.0
 
@@ -178,11 +176,10 @@ class Rates:
 
     def of(self, ids: int | NDArray[np.int64], day: float) -> NDArray[np.float64]:
         """Uses per day, of the shape of `ids`."""
-        # What was watched for less than a day counts as a day: two uses in a minute are no thousand a day.
-        days = self.life * -math.expm1(-max(day, 1.0) / self.life)
+        days = exposure(day, self.half_life)
         mean = self.all / days / len(self.uses)
         faded: NDArray[np.float64] = self.uses[ids] * np.exp((self.seen[ids] - day) / self.life)
-        return (faded + self.PRIOR) / (days + self.PRIOR / mean)
+        return posterior_rate(faded, days, mean)
 
 
 POLICIES: dict[str, Policy] = {

@@ -8,70 +8,19 @@ read may be one too many, for it lies in RAM. So text is read in the cheaper of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memory3.cost import Costed
 from memory3.hierarchy.trace import Trace
 from memory3.spec import SpecError
+from memory3.tiers import Costs
 
 TEXT, MEMORY, PARAMETERS = 0, 1, 2
 KINDS = ("reading", "encoding", "storage", "consolidation")
 """What is paid for."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What one reference costs, all in one unit: FLOPs, seconds or money.
-
-    Args:
-        text: a use as text.
-        encoding: text to memory.
-        memory: a use as memory.
-        consolidation: into parameters, once.
-        parameters: a use from parameters.
-        rent: keeping one memory for a day.
-    """
-
-    text: float
-    encoding: float
-    memory: float
-    consolidation: float
-    parameters: float = 0.0
-    rent: float = 0.0
-
-    def __post_init__(self) -> None:
-        if min(vars(self).values()) < 0 or not all(np.isfinite(list(vars(self).values()))):
-            raise SpecError(f"found {self}, expected finite costs of at least 0")
-
-    @property
-    def once(self) -> float:
-        """A use of what is kept as text: as text, or encoded for this use alone."""
-        return min(self.text, self.encoding + self.memory)
-
-    @property
-    def saving(self) -> float:
-        """What a use saves where a memory was kept."""
-        return self.once - self.memory
-
-    @property
-    def entry(self) -> float:
-        """What keeping a memory costs more, at the use that begins it, than reading it the cheaper way."""
-        return self.encoding + self.memory - self.once
-
-
-def costs_of(formats: Sequence[Costed], rent: float = 0.0) -> Costs:
-    """The costs of the tiers from `memory3.cost.formats`; of the formats inside the parameters, the one that is written cheapest."""
-    by_name = {format.name: format for format in formats}
-    missing = {"text", "memory"} - set(by_name)
-    inside = [format for name, format in by_name.items() if name not in ("text", "memory")]
-    if missing or not inside:
-        raise SpecError(f"found the formats {', '.join(by_name)}, expected text, memory, and one inside the parameters")
-    best, text, memory = min(inside, key=lambda format: format.write), by_name["text"], by_name["memory"]
-    return Costs(text.read, memory.write, memory.read, best.write, best.read, rent)
 
 
 class Shelf:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from memory3.cost import Costed
 from memory3.hierarchy.optimum import ALGORITHM, Optimum, optimum
 from memory3.hierarchy.policies import POLICIES, Adaptive
-from memory3.hierarchy.replay import Costs, Policy, Replay, costs_of, replay
+from memory3.hierarchy.replay import Policy, Replay, replay
 from memory3.hierarchy.trace import Trace, zipf
 from memory3.spec import SpecError
+from memory3.tiers import Costs, costs_of
 
 POINTS = 24
 """Moments at which a document says what was paid so far."""

@@ -1,0 +1,310 @@
+"""Which tier each reference of a bank is in, and how use moves it: text, memory, or the parameters of an adapter (design 1, Eq. 1).
+
+A text that is recalled is encoded for that recall, as its memory was or would be: that costs half as much as reading it in the prompt
+(design 5), and answers do not depend on the tier. Whether the memory is then kept is decided here: where there is room and keeping
+is free, always; else by what a place is worth. The rule is that of `memory3.hierarchy.policies.Adaptive`, which plays it over traces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memory3.bank import Bank
+from memory3.cost import Costed, Shape, memory_read_flops, memory_write_flops, text_read_flops
+from memory3.reader import MemoryWriter
+from memory3.spec import BankError, MemorySpec, SpecError, UnsupportedModel
+from memory3.uses import History, Use, exposure, posterior_rate
+
+SETTINGS = "tiers.json"
+HORIZON_DAYS = 60.0
+"""Days over which keeping a memory has to pay."""
+REFRESHED = 32
+"""Moves between two refreshes of the indexes."""
+NAMES = ("text", "memory", "parameters")
+_COMMIT_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one reference costs, all in one unit: FLOPs, seconds or money.
+
+    Args:
+        text: a use as text.
+        encoding: text to memory.
+        memory: a use as memory.
+        consolidation: into parameters, once.
+        parameters: a use from parameters.
+        rent: keeping one memory for a day.
+    """
+
+    text: float
+    encoding: float
+    memory: float
+    consolidation: float
+    parameters: float = 0.0
+    rent: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) < 0 or not all(map(math.isfinite, vars(self).values())):
+            raise SpecError(f"found {self}, expected finite costs of at least 0")
+
+    @property
+    def once(self) -> float:
+        """A use of what is kept as text: as text, or encoded for this use alone."""
+        return min(self.text, self.encoding + self.memory)
+
+    @property
+    def saving(self) -> float:
+        """What a use saves where a memory was kept."""
+        return self.once - self.memory
+
+    @property
+    def entry(self) -> float:
+        """What keeping a memory costs more, at the use that begins it, than reading it the cheaper way."""
+        return self.encoding + self.memory - self.once
+
+
+def costs_of(formats: Sequence[Costed], rent: float = 0.0) -> Costs:
+    """The costs of the tiers from `memory3.cost.formats`; of the formats inside the parameters, the one that is written cheapest."""
+    by_name = {format.name: format for format in formats}
+    missing = {"text", "memory"} - set(by_name)
+    inside = [format for name, format in by_name.items() if name not in ("text", "memory")]
+    if missing or not inside:
+        raise SpecError(f"found the formats {', '.join(by_name)}, expected text, memory, and one inside the parameters")
+    best, text, memory = min(inside, key=lambda format: format.write), by_name["text"], by_name["memory"]
+    return Costs(text.read, memory.write, memory.read, best.write, best.read, rent)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides over the tiers of a bank; it lies in `tiers.json` inside the folder.
+
+    Args:
+        shape: of the decoder that writes the bank; `None` where its cost is unknown.
+        max_bytes: most bytes of the bank's folder; `None` sets no limit.
+        rent: FLOPs that keeping one memory for a day is worth.
+    """
+
+    shape: Shape | None = None
+    max_bytes: int | None = None
+    rent: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise SpecError(f"found a budget of {self.max_bytes} bytes, expected at least 1")
+        if not 0 <= self.rent < float("inf"):
+            raise SpecError(f"found a rent of {self.rent} FLOPs a day, expected at least 0")
+
+    @classmethod
+    def load(cls, folder: Path) -> Settings:
+        """Of a bank; those of one without the file are the defaults.
+
+        Raises:
+            BankError: the file is damaged.
+        """
+        file = folder / SETTINGS
+        try:
+            fields = json.loads(file.read_text("utf-8"))
+            shape = fields.pop("shape")
+            return cls(None if shape is None else Shape(**shape), **fields)
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BankError(
+                f"{file} cannot be read ({error}), expected what memory3 bank tiers wrote: remove it, and set it again"
+            ) from None
+
+    def save(self, folder: Path) -> None:
+        """Note it in a bank, whole or not at all; `BankError` where the folder cannot be written."""
+        file, fresh = folder / SETTINGS, folder / f"{SETTINGS}.new"
+        try:
+            fresh.write_text(json.dumps(asdict(self)), "utf-8")
+            os.replace(fresh, file)
+        except OSError as error:
+            raise BankError(f"{file} cannot be written ({error.strerror}): make the folder writable") from error
+
+
+def prepare(bank: Bank, decoder: MemoryWriter, max_bytes: int | None = None) -> None:
+    """Note the shape of the decoder that writes a bank, and a limit where one is given."""
+    there = Settings.load(bank.path)
+    wanted = replace(there, shape=shape_of(decoder), max_bytes=max_bytes or there.max_bytes)
+    if wanted != there:
+        wanted.save(bank.path)
+
+
+def shape_of(decoder: MemoryWriter) -> Shape | None:
+    """The shape that costs are counted for; `None` where the formulas do not hold for the model."""
+    try:
+        return Shape.of(decoder.model.config)  # type: ignore[attr-defined]
+    except (UnsupportedModel, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some references of a bank, `(N,)` each: what keeping their memories saves a day, and what it costs to begin with."""
+
+    ids: Sequence[str]
+    savings: NDArray[np.float64]
+    entries: NDArray[np.float64]
+
+
+class Tiers:
+    """The tiers of a bank.
+
+    Args:
+        bank: opened with the model that writes it; without one nothing can be moved.
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self.bank, self.settings = bank, Settings.load(bank.path)
+        self.spec = MemorySpec.from_json(bank.manifest.identity["spec"])
+
+    def settle(self, records: Mapping[str, bytes]) -> int:
+        """Keep those memories that are worth their place, of texts that were just encoded for a recall; how many.
+
+        Where there is no room, memories that save less fall back to text. Nothing is kept where another process writes
+        or nothing can be written: what was recalled does not depend on it.
+        """
+        try:
+            with self.bank.exclusive():
+                return self._settled(records)
+        except BankError:
+            return 0
+
+    def fit(self, further_bytes: int = 0) -> int:
+        """Let memories fall back to text that are below the rent, or that leave no room for so many bytes under the limit, and give
+        their space back; how many. For a moment their records are there twice.
+        """
+        with self.bank.exclusive():
+            rows, room = self._rows(self._kept_ids()), self._room(further_bytes)
+            worst = np.argsort(rows.savings, kind="stable")
+            least = int((rows.savings < self.settings.rent).sum())
+            dropped = self.bank.drop(rows.ids[n] for n in worst[: max(least, -room)])
+            if dropped:
+                self.bank.refresh(keep_versions=False)
+                self.bank.compact()
+            return dropped
+
+    def _settled(self, records: Mapping[str, bytes]) -> int:
+        room, rent = self._room(), self.settings.rent
+        if room >= len(records) and not rent:
+            return self._keep(records, ())
+        new, kept = self._rows(list(records)), self._rows(self._kept_ids())
+        order = iter(np.argsort(kept.savings, kind="stable").tolist())
+        worst = next(order, None)
+        chosen, fallen = dict[str, bytes](), list[str]()
+        while worst is not None and kept.savings[worst] < rent:
+            fallen.append(kept.ids[worst])
+            worst = next(order, None)
+        room = max(0, room) + len(fallen)
+        for n in np.argsort(-new.savings, kind="stable").tolist():
+            if room <= 0 and worst is None:
+                break
+            price = rent if room > 0 else max(rent, float(kept.savings[worst or 0]))
+            if HORIZON_DAYS * (new.savings[n] - price) <= new.entries[n]:
+                break
+            chosen[new.ids[n]] = records[new.ids[n]]
+            if room > 0:
+                room -= 1
+            else:
+                fallen.append(kept.ids[worst or 0])
+                worst = next(order, None)
+        return self._keep(chosen, fallen)
+
+    def _keep(self, records: Mapping[str, bytes], instead_of: Sequence[str]) -> int:
+        """Move, and bring the indexes up to date now and then, or where the limit is near."""
+        if not records and not instead_of:
+            return 0
+        limit, before = self.settings.max_bytes, self.bank.version[0]
+        if limit is not None and self.bank.total_bytes() + _COMMIT_BYTES > limit:
+            self.bank.refresh(keep_versions=False)
+        kept = self.bank.keep(records, instead_of)
+        if self.bank.version[0] // REFRESHED > before // REFRESHED:
+            self.bank.refresh(keep_versions=limit is None)
+        return kept
+
+    def _room(self, further_bytes: int = 0) -> int:
+        """Further records that fit under the limit; below 0 where there are too many. A rewriting of the tables has to fit too."""
+        if self.settings.max_bytes is None:
+            return 2**62
+        shards, tables = self.bank.shard_bytes(), self.bank.table_bytes()
+        return (self.settings.max_bytes - further_bytes - 2 * tables - _COMMIT_BYTES - shards) // self.bank.record_bytes
+
+    def _kept_ids(self) -> list[str]:
+        return sorted(self.bank.places())
+
+    def _rows(self, ids: Sequence[str]) -> _Rows:
+        history, tokens = self.bank.uses.history(), self._tokens
+        lengths = np.array([tokens.get(id, 1) for id in ids], np.int64)
+        seen = exposure((history.now - (history.began or history.now)) / 86400, history.half_life_days)
+        scores = np.array([use.score if (use := history.uses.get(id)) else 0.0 for id in ids])
+        mean = max(sum(use.score for use in history.uses.values()), 1e-9) / seen / max(1, len(self.bank))
+        rates = posterior_rate(scores, seen, mean)
+        costs = [self.costs(n) for n in range(1, int(lengths.max(initial=1)) + 1)]
+        saving, entry = (np.array([getattr(c, name) for c in costs])[lengths - 1] for name in ("saving", "entry"))
+        return _Rows(ids, rates * saving, entry)
+
+    @property
+    def _tokens(self) -> dict[str, int]:
+        table = self.bank.tiers()
+        return dict(zip(table["id"].to_pylist(), table["tokens"].to_pylist(), strict=True))
+
+    def costs(self, tokens: int) -> Costs:
+        """What a reference of so many tokens costs in FLOPs; by its tokens alone where the model's shape is unknown."""
+        if tokens not in self._costs:
+            shape, spec = self.settings.shape, replace(self.spec, reference_length=max(1, tokens))
+            if shape is None:
+                self._costs[tokens] = Costs(2.0 * tokens, 1.0 * tokens, 0.0, 0.0)
+            else:
+                write, read = memory_write_flops(shape, spec), memory_read_flops(shape, spec)
+                self._costs[tokens] = Costs(text_read_flops(shape, spec), write, read, 0.0)
+        return self._costs[tokens]
+
+    @cached_property
+    def _costs(self) -> dict[int, Costs]:
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        """References in each tier, and what their recalls cost and would have cost as text, as plain JSON values.
+
+        Paid is every encoding that is known of, and the reading of memories; a recall as text encodes the reference in the prompt. Costs are
+        `None` where the model's shape is unknown.
+        """
+        table = self.bank.tiers()
+        columns = [table[name].to_pylist() for name in ("id", "tokens", "shard", "adapter")]
+        tiers = dict.fromkeys(NAMES, 0)
+        history = History({}, None, 0.0)
+        with suppress(BankError):  # `verify` says that a history is damaged
+            history = self.bank.uses.history()
+        paid = as_text = 0.0
+        for id, tokens, shard, adapter in zip(*columns, strict=True):
+            tier = "parameters" if adapter is not None else "memory" if shard >= 0 else "text"
+            tiers[tier] += 1
+            use, costs = history.uses.get(id, _UNUSED), self.costs(tokens)
+            encoded = max(use.encoded, int(shard >= 0))
+            paid += encoded * costs.encoding + (use.recalls - use.known) * costs.memory
+            as_text += use.recalls * costs.text
+        known = self.settings.shape is not None
+        return {
+            "tiers": tiers,
+            "recalls": sum(use.recalls for use in history.uses.values()),
+            "flops_paid": paid if known else None,
+            "flops_as_text": as_text if known else None,
+            "max_bytes": self.settings.max_bytes,
+            "rent_flops": self.settings.rent,
+        }
+
+
+_UNUSED = Use(0.0, 0)
