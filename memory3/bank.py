@@ -87,10 +87,6 @@ class Bank(BankReader):
         """Bytes of all files of the folder."""
         return _bytes_under(self.path)
 
-    def shard_bytes(self) -> int:
-        """Bytes of all records, of those too that no row points at."""
-        return self._shards.total_bytes()
-
     def table_bytes(self) -> int:
         """Bytes of texts, sources and index."""
         return _bytes_under(self.path / FOLDER)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from memory3.bank import Bank
 from memory3.cost import Costed, Shape, memory_read_flops, memory_write_flops, text_read_flops
 from memory3.reader import MemoryWriter
+from memory3.record import short
 from memory3.spec import BankError, MemorySpec, SpecError, UnsupportedModel
 from memory3.uses import History, Use, exposure, posterior_rate
 
@@ -177,6 +178,9 @@ class Tiers:
         Where there is no room, memories that save less fall back to text. Nothing is kept where another process writes
         or nothing can be written: what was recalled does not depend on it.
         """
+        decoder, identity = self.bank.decoder, self.bank.manifest.identity
+        if decoder is None or short(decoder.dtype) != identity["dtype"]:  # what it encodes is not what the bank's model would
+            return 0
         try:
             with self.bank.exclusive():
                 return self._settled(records)
@@ -239,8 +243,8 @@ class Tiers:
         """Further records that fit under the limit; below 0 where there are too many. A rewriting of the tables has to fit too."""
         if self.settings.max_bytes is None:
             return 2**62
-        shards, tables = self.bank.shard_bytes(), self.bank.table_bytes()
-        return (self.settings.max_bytes - further_bytes - 2 * tables - _COMMIT_BYTES - shards) // self.bank.record_bytes
+        held = self.bank.total_bytes() + self.bank.table_bytes() + _COMMIT_BYTES
+        return (self.settings.max_bytes - further_bytes - held) // self.bank.record_bytes
 
     def _kept_ids(self) -> list[str]:
         return sorted(self.bank.places())

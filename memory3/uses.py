@@ -105,7 +105,7 @@ class Uses:
             with self._changed(patience_s=0) as open_:
                 open_.execute("insert or ignore into about values ('began', ?)", (now,))
                 open_.executemany(_COUNT, [{"id": id, "n": n, "now": now} for id, n in counts.items()])
-                rows = [{"id": id, "way": way, "n": n} for way, some in ways.items() for id, n in Counter(some).items()]
+                rows = [{"id": id, "way": way, "n": n} for way, some in ways.items() for id, n in Counter(iter(some)).items()]
                 open_.executemany(_WAY, rows)
             self._delete(gone(list(counts)))
         except (sqlite3.Error, OSError, BankError):  # the last where the bank itself goes away meanwhile

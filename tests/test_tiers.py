@@ -1,0 +1,391 @@
+"""Tiers: what is text alone answers like memory, use moves it, and a limit holds at every step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import FakeDecoder, count, same
+from families import tiny_model, tiny_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+from memory3.archive import export_bank, import_bank
+from memory3.bank import Bank
+from memory3.codec import codec_named
+from memory3.cost import Shape, memory_read_flops, memory_write_flops, text_read_flops
+from memory3.decoder import attach
+from memory3.generation import complete
+from memory3.rebuilding import rebuild
+from memory3.recall import Recall
+from memory3.spec import BankError, MemorySpec, Reference, SpecError
+from memory3.tiers import SETTINGS, Settings, Tiers
+from memory3.verifying import verify
+from memory3.writing import write
+
+TEXTS = [
+    "The tower was completed in 1889.",
+    "Salt melts at 801 degrees.",
+    "Crows gather in a murder.",
+    "Rain falls on the mat.",
+]
+WORDS = ["tower", "salt", "crows", "rain"]
+SHAPE = Shape(3, 32, 4, 2, 8, 64, 400)
+
+
+def references(texts: list[str] = TEXTS) -> list[Reference]:
+    return [Reference(text, "notes", n, n + len(text)) for n, text in enumerate(texts)]
+
+
+def banked(path: Path, lazy: bool = True, **options: Any) -> tuple[Bank, FakeDecoder]:
+    decoder = FakeDecoder()
+    bank = Bank(path, decoder, create=True, codec=options.pop("codec", None))
+    write(decoder, references(), bank, lazy=lazy, **options)
+    return bank, decoder
+
+
+def kept(bank: Bank) -> set[str]:
+    """Words of the references whose records are there."""
+    there = bank.places()
+    return {word for word, reference in zip(WORDS, references(), strict=True) if reference.id in there}
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_a_text_is_encoded_at_its_first_recall_and_reads_like_a_memory(tmp_path: Path, codec: str) -> None:
+    made = codec_named(codec, torch.bfloat16)
+    lazy, decoder = banked(tmp_path / "lazy", codec=made)
+    eager, _ = banked(tmp_path / "eager", lazy=False, codec=made)
+    assert (decoder.encoded, lazy.stats()["shard_bytes"], len(lazy)) == ([], 0, 4)
+    for bytes_read, encoded in ((0, 1), (lazy.record_bytes, 0)):
+        [found] = Recall(lazy, count=1, cache_bytes=0)(["tower"])
+        [warm] = Recall(eager, count=1)(["tower"])
+        assert found.hits[0].id == warm.hits[0].id
+        assert same(found.memories[0], warm.memories[0])
+        assert (found.bytes_read, found.encoded, decoder.encoded) == (bytes_read, encoded, TEXTS[:1])
+    assert kept(lazy) == {"tower"}
+
+
+def test_answers_do_not_depend_on_the_tier(tmp_path: Path) -> None:
+    with attach(tiny_model("llama"), tiny_tokenizer(), MemorySpec(tokens_per_head=4)) as decoder:
+        config = GenerationConfig(do_sample=False, eos_token_id=-1)
+        answers = []
+        for lazy in (True, False):
+            bank = Bank(tmp_path / str(lazy), decoder, create=True)
+            write(decoder, references(), bank, lazy=lazy)
+            for _ in range(2):
+                [one] = complete(decoder, ["The tower and the salt"], recall=Recall(bank), config=config, max_new_tokens=20)
+                answers.append(one.ids)
+        assert len(set(answers)) == 1
+
+
+def test_measurements_move_nothing(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path)
+    Recall(bank, count=1, counted=False)(["tower"])
+    assert kept(bank) == set()
+
+
+def test_a_recall_beside_another_writer_answers_and_keeps_nothing(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path)
+    with Bank(tmp_path, FakeDecoder()).exclusive():
+        [found] = Recall(bank, count=1)(["tower"])
+        assert found.encoded == 1
+    assert kept(bank) == set()
+
+
+def test_looks_at_an_earlier_state_move_nothing(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path)
+    bank.tag("before")
+    with Bank(tmp_path, FakeDecoder(), at="before") as earlier:
+        [found] = Recall(earlier, count=1)(["tower"])
+        assert found.encoded == 1
+    assert kept(bank) == set()
+
+
+def limit_for(bank: Bank, records: int) -> int:
+    """Bytes of a folder that has room for so many records and half another."""
+    bank.refresh(keep_versions=False)
+    return int(2**16 + 2 * bank.table_bytes() + (records + 0.5) * bank.record_bytes)
+
+
+def limited(path: Path, records: int) -> Bank:
+    """A lazy bank whose records are large beside its tables."""
+    decoder = FakeDecoder(
+        MemorySpec(layers=tuple(range(16)), heads=((0, 1, 2, 3),) * 16, tokens_per_head=64, reference_length=64)
+    )
+    bank = Bank(path, decoder, create=True)
+    write(decoder, references(), bank, lazy=True)
+    Settings(max_bytes=limit_for(bank, records)).save(path)
+    return bank
+
+
+def test_under_a_limit_the_most_used_are_kept_and_the_others_fall_back(tmp_path: Path) -> None:
+    bank = limited(tmp_path, 2)
+    recall = Recall(bank, count=1, cache_bytes=0)
+    limit = Settings.load(tmp_path).max_bytes or 0
+    assert bank.record_bytes > 4 * bank.table_bytes() / 10
+    for word in ["tower", "salt", *["crows"] * 4, "salt", "salt", "rain"]:
+        recall([word])
+        assert bank.total_bytes() <= limit
+        assert len(kept(bank)) <= 2
+    assert kept(bank) == {"crows", "salt"}
+    assert bank.stats()["shard_bytes"] == 2 * bank.record_bytes
+    assert verify(bank).problems == []
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=14))
+def test_whatever_is_recalled_reads_the_same_and_the_limit_holds(
+    tmp_path_factory: pytest.TempPathFactory, words: list[str]
+) -> None:
+    bank = limited(tmp_path_factory.mktemp("bank"), 1)
+    assert bank.decoder is not None
+    recall = Recall(bank, count=1, cache_bytes=0)
+    for word in words:
+        [found] = recall([word])
+        assert same(found.memories[0], bank.decoder.encode([found.references[0].text])[0])
+        assert len(kept(bank)) <= 1
+    assert verify(bank).problems == []
+
+
+def test_a_rent_lets_fall_what_is_hardly_used(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path, lazy=False)
+    for _ in range(9):
+        Recall(bank, count=1)(["tower"])
+    tiers = Tiers(bank)
+    values = dict(zip(bank.ids(), tiers._rows(bank.ids()).savings, strict=True))
+    rent = sorted(values.values())[-1] / 2
+    Settings(rent=rent).save(tmp_path)
+    assert Tiers(bank).fit() == 3
+    assert kept(bank) == {"tower"}
+    assert bank.stats()["shard_bytes"] == bank.record_bytes
+    Recall(bank, count=1)(["salt"])
+    assert kept(bank) == {"tower"}
+
+
+@pytest.mark.parametrize("step", ["append", "move"])
+def test_a_kill_while_a_text_is_kept_leaves_it_text(tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, decoder = banked(tmp_path)
+    owner = bank._shards if step == "append" else bank._catalogue
+    broken(monkeypatch, owner, step)
+    with pytest.raises(KeyboardInterrupt):
+        Recall(bank, count=1)(["tower"])
+    fresh = Bank(tmp_path, decoder)
+    assert kept(fresh) == set()
+    assert verify(fresh).problems == []
+    fresh.compact()
+    assert fresh.stats()["shard_bytes"] == 0
+
+
+def test_a_kill_while_a_memory_makes_room_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, decoder = banked(tmp_path, lazy=False)
+    [tower, salt, *_] = references()
+    bank.drop([salt.id])
+    [loaded] = bank.load([salt.id])
+    assert loaded.record is not None
+    broken(monkeypatch, bank._shards, "replace")
+    with pytest.raises(KeyboardInterrupt):
+        bank.keep({salt.id: loaded.record}, [tower.id])
+    fresh = Bank(tmp_path, decoder)
+    assert kept(fresh) == {"crows", "rain"}
+    assert verify(fresh).problems == []
+    assert same(fresh.read([tower.id])[0], decoder.encode([tower.text])[0])
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
+    def die(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, die)
+
+
+def test_the_record_of_one_takes_the_place_of_another_and_a_reader_finds_both(tmp_path: Path) -> None:
+    bank, decoder = banked(tmp_path, lazy=False)
+    [tower, salt, *_] = references()
+    bank.drop([salt.id])
+    reader = Bank(tmp_path, decoder)
+    place = reader.places()[tower.id]
+    locate = reader._catalogue.locate
+    stale = iter([{tower.id: place}])  # a look just before the writer moved it
+    reader._catalogue.locate = lambda ids: next(stale, None) or locate(ids)  # type: ignore[method-assign]
+    [loaded] = bank.load([salt.id])
+    assert loaded.record is not None
+    bank.keep({salt.id: loaded.record}, [tower.id])
+    assert bank.places()[salt.id] == place
+    assert same(reader.read([tower.id])[0], decoder.encode([tower.text])[0])
+
+
+def test_dropping_erases_and_compact_gives_the_space_back(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path, lazy=False)
+    [tower, *_] = references()
+    assert bank.drop([tower.id, tower.id]) == 1
+    assert bank.drop([tower.id]) == 0
+    assert tower.id.encode() not in (tmp_path / "shards/00000.kv").read_bytes()
+    assert bytes.fromhex(tower.id) not in (tmp_path / "shards/00000.kv").read_bytes()
+    assert bank.compact() == bank.record_bytes
+    assert [hit.id for hit in bank.search("tower", 1)] == [tower.id]
+
+
+def test_memories_that_saw_their_surroundings_stay(tmp_path: Path) -> None:
+    decoder = FakeDecoder()
+    bank = Bank(tmp_path, decoder, create=True)
+    write(decoder, references(), bank, context=True)
+    assert bank.drop(bank.ids()) == 1  # the first of a document saw nothing before it
+    assert len(bank.places()) == 3
+    with pytest.raises(BankError, match="saw its surroundings"):
+        bank.give(bank.in_context(), "ab" * 16)
+
+
+def test_a_lazy_write_in_context_is_refused(tmp_path: Path) -> None:
+    decoder = FakeDecoder()
+    bank = Bank(tmp_path, decoder, create=True)
+    with pytest.raises(SpecError, match="cannot be encoded alone"):
+        write(decoder, references(), bank, lazy=True, context=True)
+    with pytest.raises(BankError, match="saw its surroundings"):
+        bank.add_texts([Reference("text", context="ab" * 16)])
+
+
+def test_writing_again_encodes_what_is_text(tmp_path: Path) -> None:
+    bank, decoder = banked(tmp_path)
+    report = write(decoder, references(), bank)
+    assert (report.references, report.skipped, kept(bank)) == (4, 0, set(WORDS))
+    assert sorted(decoder.encoded) == sorted(TEXTS)
+    assert write(decoder, references(), bank, lazy=True).skipped == 4
+    assert kept(bank) == set(WORDS)
+    assert verify(bank).problems == []
+
+
+def test_add_to_a_text_stores_its_memory_once(tmp_path: Path) -> None:
+    bank, decoder = banked(tmp_path)
+    [tower, *_] = references()
+    assert bank.add([tower], decoder.encode([tower.text])) == 1
+    assert bank.add([tower], decoder.encode([tower.text])) == 0
+    assert bank.stats()["shard_bytes"] == bank.record_bytes
+    assert len(bank) == 4
+
+
+def test_a_lazy_write_makes_room_for_texts(tmp_path: Path) -> None:
+    bank = limited(tmp_path, 2)
+    decoder = bank.decoder
+    assert isinstance(decoder, FakeDecoder)
+    recall = Recall(bank, count=1)
+    for word in (*["tower"] * 9, "salt"):
+        recall([word])
+    assert kept(bank) == {"tower", "salt"}
+    limit = Settings.load(tmp_path).max_bytes or 0
+    room = limit - bank.total_bytes() - bank.table_bytes()
+    more = [Reference(f"Number {n} " + "ox " * 40, "more", n, n + 1) for n in range(room // 4 // 100 + 60)]
+    write(decoder, more, bank, lazy=True, max_bytes=limit)
+    assert bank.total_bytes() <= limit
+    assert "salt" not in kept(bank)
+    assert len(bank) == 4 + len(more)
+
+
+def test_a_limit_that_not_even_the_texts_fit_is_one_clear_error(tmp_path: Path) -> None:
+    decoder = FakeDecoder()
+    bank = Bank(tmp_path, decoder, create=True)
+    with pytest.raises(BankError, match="expected at most 1,000 in all"):
+        write(decoder, references(), bank, lazy=True, max_bytes=1000)
+    assert len(bank) == 0
+
+
+def test_texts_are_deleted_verified_and_travel_like_memories(tmp_path: Path) -> None:
+    bank, decoder = banked(tmp_path / "bank", max_bytes=10**9)
+    Recall(bank, count=1)(["tower"])
+    [tower, salt, crows, _] = references()
+    assert bank.delete([salt.id, tower.id]) == 2
+    assert verify(Bank(tmp_path / "bank")).problems == []
+    export_bank(bank, tmp_path / "bank.tar")
+    with import_bank(tmp_path / "bank.tar", tmp_path / "copy") as copy:
+        assert copy.texts_among(copy.ids()) == copy.ids() == sorted(r.id for r in (crows, references()[3]))
+        assert Settings.load(copy.path).max_bytes == 10**9
+        with pytest.raises(BankError, match="opened without a model and keeps 1 references as text"):
+            copy.read([crows.id])
+    assert same(bank.read([crows.id])[0], decoder.encode([crows.text])[0])
+
+
+def test_a_rebuild_keeps_the_tiers(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path / "bank", max_bytes=10**9)
+    Recall(bank, count=1)(["tower"])
+    other = FakeDecoder(weights="ef" * 32)
+    rebuild(tmp_path / "bank", other)
+    fresh = Bank(tmp_path / "bank", other)
+    assert (kept(fresh), len(fresh), other.encoded) == ({"tower"}, 4, TEXTS[:1])
+    assert Settings.load(fresh.path).max_bytes == 10**9
+
+
+def test_who_has_the_adapter_reads_nothing_and_who_has_not_reads_the_text(tmp_path: Path) -> None:
+    bank, decoder = banked(tmp_path, lazy=False)
+    [tower, salt, *_] = references()
+    bank.give([tower.id, salt.id], "ab" * 16)
+    knowing = FakeDecoder()
+    knowing.adapters = ["12" * 16, "ab" * 16]
+    [found] = Recall(Bank(tmp_path, knowing), count=1)(["tower"])
+    assert (found.hits, found.memories, found.known, knowing.encoded) == ((), (), (tower.id,), [])
+    [read] = Recall(bank, count=1)(["tower"])
+    assert (read.known, read.encoded) == ((), 1)
+    assert same(read.memories[0], decoder.encode([tower.text])[0])
+    write(decoder, [Reference("Another text.", "more", 0, 13)], bank)  # rows without the column
+    assert Tiers(bank).report()["tiers"] == {"text": 0, "memory": 3, "parameters": 2}
+    assert bank.uses.history().uses[tower.id].known == 1
+    assert verify(bank).problems == []
+    with pytest.raises(BankError, match="has no memory"):
+        bank.give(["ef" * 16], "ab" * 16)
+
+
+def test_the_report_counts_what_was_paid_and_what_texts_would_have_cost(tmp_path: Path) -> None:
+    bank, decoder = banked(tmp_path)
+    Settings(shape=SHAPE).save(tmp_path)
+    recall = Recall(bank, count=1, cache_bytes=0)
+    for word in ("tower", "tower", "salt"):
+        recall([word])
+    write(decoder, references()[2:3], bank)  # crows: encoded and never recalled
+    Settings(shape=SHAPE).save(tmp_path)
+    [tower, salt, crows, _] = references()
+    spec = decoder.spec.resolved(3, 2)
+
+    def sized(formula: Callable[[Shape, MemorySpec], float], reference: Reference) -> float:
+        return formula(SHAPE, replace(spec, reference_length=count(reference.text)))
+
+    paid = sum(sized(memory_write_flops, r) for r in (tower, salt, crows)) + 3 * memory_read_flops(SHAPE, spec)
+    report = Tiers(bank).report()
+    assert report["flops_paid"] == pytest.approx(paid)
+    assert report["flops_as_text"] == pytest.approx(2 * sized(text_read_flops, tower) + sized(text_read_flops, salt))
+    assert (report["recalls"], report["tiers"]) == (3, {"text": 1, "memory": 3, "parameters": 0})
+    bank.drop([tower.id, crows.id])  # what was paid stays paid
+    assert Tiers(bank).report()["flops_paid"] == pytest.approx(paid)
+
+
+def test_a_bank_of_an_unknown_shape_reports_no_costs(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path)
+    assert {Tiers(bank).report()[name] for name in ("flops_paid", "flops_as_text")} == {None}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"shape": 3}', '{"shape": null, "rent": -1}', '{"shape": null, "max_bytes": 0}', '{"shape": null, "x": 1}'],
+)
+def test_damaged_settings_are_one_clear_error(tmp_path: Path, text: str) -> None:
+    bank, _ = banked(tmp_path)
+    (tmp_path / SETTINGS).write_text(text)
+    with pytest.raises((BankError, SpecError), match="expected"):
+        Tiers(bank)
+
+
+def test_settings_come_back_as_they_were(tmp_path: Path) -> None:
+    for made in (Settings(), Settings(SHAPE, 10**9, 2.5)):
+        made.save(tmp_path)
+        assert Settings.load(tmp_path) == made
+        assert json.loads((tmp_path / SETTINGS).read_text())["rent"] == made.rent
+
+
+def test_another_dtype_reads_texts_and_keeps_nothing_of_its_own(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path)
+    [found] = Recall(Bank(tmp_path, FakeDecoder(dtype=torch.float32)), count=1)(["tower"])
+    assert found.memories[0].keys.dtype == torch.float32
+    assert kept(bank) == set()
