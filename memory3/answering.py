@@ -65,7 +65,7 @@ def answer(
     began = perf_counter()
     found = searched(questions, recall, as_text)
     search_s = perf_counter() - began
-    going = [n for n, r in enumerate(found) if r is None or r.hits or as_text]
+    going = [n for n, r in enumerate(found) if r is None or r.hits or r.known or as_text]
     texts = {n: [r.text for r in one.references] for n in going if (one := found[n]) is not None and as_text}
     prompts = [question_prompt(decoder, questions[n], texts.get(n, ())) for n in going]
     reading = None if as_text else recall
@@ -119,6 +119,7 @@ def document(
                 "query": r.query,
                 "ids": [h.id for h in r.hits],
                 "scores": [h.score for h in r.hits],
+                "known": list(r.known),
                 "versions": list(r.versions),
             }
             for chunk, r in recalls
@@ -129,10 +130,11 @@ def document(
 
 
 def _memory(recalls: Sequence[Recalled], effect: Any, found: Recalled | None = None) -> dict[str, Any]:
-    before = 0 if found is None or not recalls else found.bytes_read
+    searched = [] if found is None or not recalls else [found]
     return {
         "references": len({h.id for r in recalls for h in r.hits}),
-        "bytes_read": before + sum(r.bytes_read for r in recalls),
+        "bytes_read": sum(r.bytes_read for r in (*searched, *recalls)),
+        "encoded": sum(r.encoded for r in (*searched, *recalls)),
         "attention_mass": {} if effect is None else {str(layer): mass for layer, mass in effect.attention_mass.items()},
         "logit_shift": None if effect is None else effect.logit_shift,
     }

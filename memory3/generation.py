@@ -263,7 +263,7 @@ class _Stream:
         for row in self.rows:
             last = Recalled("")
             for query in row.queries:
-                last = next(found) if query else replace(last, query="", bytes_read=0)
+                last = next(found) if query else replace(last, query="", bytes_read=0, encoded=0)
                 row.recalls.append(last)
             row.fresh = last
         self.recall_s += perf_counter() - began
@@ -278,7 +278,7 @@ class _Stream:
         asking = [(row, query) for row, query in zip(going, queries, strict=True) if query]
         found = iter(self.recall([query for _, query in asking], [row.text for row, _ in asking]) if asking else [])
         for row, query in zip(going, queries, strict=True):
-            row.fresh = next(found) if query else replace(row.recalls[-1], query="", bytes_read=0)
+            row.fresh = next(found) if query else replace(row.recalls[-1], query="", bytes_read=0, encoded=0)
             row.recalls.append(row.fresh)
         self.recall_s += perf_counter() - began
 

@@ -157,6 +157,12 @@ class BankReader:
         """`id`, `tokens`, `shard` and `adapter` of every reference: a shard below 0 says that it is text alone, an adapter who knows it."""
         return self._catalogue.tiers()
 
+    def tier_of_each(self) -> dict[str, str]:
+        """`text`, `memory` or `parameters`, by id."""
+        table = self.tiers()
+        columns = [table[name].to_pylist() for name in ("id", "shard", "adapter")]
+        return {id: _tier(shard, adapter) for id, shard, adapter in zip(*columns, strict=True)}
+
     def spans(self) -> list[tuple[str, str]]:
         """Memory and source of every span."""
         return self._catalogue.every_span()
@@ -375,6 +381,10 @@ class BankReader:
     @abstractmethod
     def total_bytes(self) -> int:
         """Bytes of all files of the bank."""
+
+
+def _tier(shard: int, adapter: str | None) -> str:
+    return "parameters" if adapter is not None else "memory" if shard >= 0 else "text"
 
 
 def version_name(version: Version) -> str:

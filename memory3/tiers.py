@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from memory3.bank import Bank
 from memory3.cost import Costed, Shape, memory_read_flops, memory_write_flops, text_read_flops
-from memory3.reader import MemoryWriter
+from memory3.reader import BankReader, MemoryWriter
 from memory3.record import short
 from memory3.spec import BankError, MemorySpec, SpecError, UnsupportedModel
 from memory3.uses import History, Use, exposure, posterior_rate
@@ -136,6 +137,20 @@ class Settings:
             raise BankError(f"{file} cannot be written ({error.strerror}): make the folder writable") from error
 
 
+def rent_of(bytes: int, gb_month: float, hour: float, tflops: float) -> float:
+    """FLOPs that cost as much as keeping so many bytes for a day.
+
+    Args:
+        bytes: of one memory.
+        gb_month: price of keeping 1e9 bytes for 30 days.
+        hour: price of an hour of the machine.
+        tflops: what the machine does, in 1e12 FLOPs a second; 1e-12 gives the rent in its seconds.
+    """
+    if hour <= 0 or tflops <= 0 or gb_month < 0:
+        raise SpecError(f"found an hour for {hour}, {tflops} TFLOPs and a GB-month for {gb_month}, expected prices above 0")
+    return bytes / 1e9 * gb_month / 30 / (hour / 3600) * tflops * 1e12
+
+
 def prepare(bank: Bank, decoder: MemoryWriter, max_bytes: int | None = None) -> None:
     """Note the shape of the decoder that writes a bank, and a limit where one is given."""
     there = Settings.load(bank.path)
@@ -192,7 +207,7 @@ class Tiers:
         their space back; how many. For a moment their records are there twice.
         """
         with self.bank.exclusive():
-            rows, room = self._rows(self._kept_ids()), self._room(further_bytes)
+            rows, room = self._rows(self._kept_ids()), self.room(further_bytes)
             worst = np.argsort(rows.savings, kind="stable")
             least = int((rows.savings < self.settings.rent).sum())
             dropped = self.bank.drop(rows.ids[n] for n in worst[: max(least, -room)])
@@ -202,7 +217,7 @@ class Tiers:
             return dropped
 
     def _settled(self, records: Mapping[str, bytes]) -> int:
-        room, rent = self._room(), self.settings.rent
+        room, rent = self.room(), self.settings.rent
         if room >= len(records) and not rent:
             return self._keep(records, ())
         new, kept = self._rows(list(records)), self._rows(self._kept_ids())
@@ -239,7 +254,7 @@ class Tiers:
             self.bank.refresh(keep_versions=limit is None)
         return kept
 
-    def _room(self, further_bytes: int = 0) -> int:
+    def room(self, further_bytes: int = 0) -> int:
         """Further records that fit under the limit; below 0 where there are too many. A rewriting of the tables has to fit too."""
         if self.settings.max_bytes is None:
             return 2**62
@@ -287,28 +302,45 @@ class Tiers:
         `None` where the model's shape is unknown.
         """
         table = self.bank.tiers()
-        columns = [table[name].to_pylist() for name in ("id", "tokens", "shard", "adapter")]
-        tiers = dict.fromkeys(NAMES, 0)
+        columns = [table[name].to_pylist() for name in ("id", "tokens", "shard")]
         history = History({}, None, 0.0)
         with suppress(BankError):  # `verify` says that a history is damaged
             history = self.bank.uses.history()
         paid = as_text = 0.0
-        for id, tokens, shard, adapter in zip(*columns, strict=True):
-            tier = "parameters" if adapter is not None else "memory" if shard >= 0 else "text"
-            tiers[tier] += 1
+        for id, tokens, shard in zip(*columns, strict=True):
             use, costs = history.uses.get(id, _UNUSED), self.costs(tokens)
             encoded = max(use.encoded, int(shard >= 0))
             paid += encoded * costs.encoding + (use.recalls - use.known) * costs.memory
             as_text += use.recalls * costs.text
         known = self.settings.shape is not None
         return {
-            "tiers": tiers,
+            "tiers": counted(self.bank),
             "recalls": sum(use.recalls for use in history.uses.values()),
             "flops_paid": paid if known else None,
             "flops_as_text": as_text if known else None,
             "max_bytes": self.settings.max_bytes,
             "rent_flops": self.settings.rent,
         }
+
+
+def report(bank: BankReader) -> dict[str, Any]:
+    """See `Tiers.report`; of a bank that is only read, and keeps no history, the references in each tier alone."""
+    if isinstance(bank, Bank):
+        return Tiers(bank).report()
+    return {
+        "tiers": counted(bank),
+        "recalls": 0,
+        "flops_paid": None,
+        "flops_as_text": None,
+        "max_bytes": None,
+        "rent_flops": 0.0,
+    }
+
+
+def counted(bank: BankReader) -> dict[str, int]:
+    """References in each tier."""
+    found = Counter(bank.tier_of_each().values())
+    return {name: found[name] for name in NAMES}
 
 
 _UNUSED = Use(0.0, 0)

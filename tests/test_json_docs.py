@@ -20,6 +20,7 @@ from memory3.cli.bank import FAULTY
 from memory3.decoder import attach
 from memory3.recall import Recall
 from memory3.spec import MemorySpec, Reference
+from memory3.tiers import SETTINGS, report
 from memory3.writing import write
 
 PAGE = Path(__file__).parent.parent / "docs" / "json.md"
@@ -30,6 +31,7 @@ COMMANDS = (
     "ask",
     "generate",
     "bank stats",
+    "bank tiers",
     "bank list",
     "bank delete",
     "bank verify",
@@ -46,6 +48,7 @@ COMMANDS = (
     "cost",
     "plan",
     "consolidate",
+    "apply",
     "simulate",
     "train",
     "eval qa",
@@ -118,6 +121,23 @@ def consolidated(run: Any, folder: Path, common: list[str]) -> None:
     run("consolidate", "--bank", str(quiet), "--ids", str(ids), "--layers", "both", "--out", str(folder / "both"), *more)
 
 
+def applied(run: Any, folder: Path, common: list[str]) -> None:
+    """One reference into the parameters of an adapter, the others to text, and what is read then."""
+    quiet, uses, plan, above = (str(folder / name) for name in ("quiet", "many", "plan", "both/above"))
+    Path(uses).write_text(json.dumps({"id": (folder / "ids").read_text(), "uses": 1e12}))
+    run("plan", "--bank", quiet, "--uses", uses, "--out", plan, *common)
+    run("apply", plan, "--bank", quiet, "--adapter", above, *common)
+    for model in (above, common[1]):
+        run("ask", "Who completed the tower near the river?", "--bank", quiet, "--model", model, "--max-tokens", "2", "--json")
+    run("bank list", quiet, "--json")
+    run("bank tiers", quiet, "--json")
+    run("bank tiers", quiet, "--max-bytes", "100000000", "--json")
+    run("bank stats", quiet, "--json")
+    (folder / "copy" / SETTINGS).unlink()
+    run("bank tiers", str(folder / "copy"), "--json")
+    run("generate", "The tower near the river", "--bank", quiet, "--model", above, "--max-tokens", "2", "--json")
+
+
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """Documents of each command, from Python and from the command line, memory on and off."""
@@ -156,6 +176,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("bank tag", str(bank), "first", "--remove", "--json")
         with bucket() as address:
             run("bank push", str(bank), address, "--json")
+            run("bank stats", address, "--json")
             run("bank pull", address, str(folder / "pulled"), "--json")
         run("bank export", str(bank), str(folder / "bank.tar"), "--json")
         run("bank import", str(folder / "bank.tar"), str(folder / "copy"), "--json")
@@ -173,6 +194,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("cost", "--preset", "paper-2.4b", "--rank", "8", "--json")
         run("plan", "--bank", str(bank), *common)
         consolidated(run, folder, common)
+        applied(run, folder, common)
         uses = folder / "uses.jsonl"
         uses.write_text("".join(json.dumps({"time": 3600 * n, "id": n % 2}) + "\n" for n in range(30)))
         playing = ("--budget", "0.5", "--price-gb-month", "0.1", "--json")
@@ -210,7 +232,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         opened = Bank(dense, decoder, create=True)
         write(decoder, [Reference(fact) for fact in FACTS], opened)
         found["ask"] += answer(decoder, [QUESTION, "Salt?", "zzzz"], Recall(opened), max_new_tokens=4)
-        found["bank stats"].append(opened.stats())
+        found["bank stats"].append(opened.stats() | report(opened))
     return found
 
 

@@ -13,10 +13,10 @@ from memory3.cli import app
 from memory3.cost import PRESETS, formats
 from memory3.hierarchy.curves import draw_simulation
 from memory3.hierarchy.policies import POLICIES
-from memory3.hierarchy.simulation import document, headed, rent_of, settings, simulate
+from memory3.hierarchy.simulation import document, headed, settings, simulate
 from memory3.hierarchy.trace import zipf
 from memory3.spec import SpecError
-from memory3.tiers import costs_of
+from memory3.tiers import costs_of, rent_of
 
 FORMS = formats(PRESETS["paper-2.4b"], record_bytes=39_424)
 

@@ -9,7 +9,7 @@ from typing import Any
 from memory3.cli.bank import bank_app
 from memory3.cli.bench import bench_app
 from memory3.cli.commands import INCOMPLETE, app
-from memory3.cli.consolidation import consolidate
+from memory3.cli.consolidation import apply, consolidate
 from memory3.cli.evaluate import eval_app
 from memory3.cli.hierarchy import cost, plan, simulate
 from memory3.cli.probe import probe_app
@@ -22,6 +22,7 @@ app.command()(train)
 app.command()(cost)
 app.command()(plan)
 app.command()(consolidate)
+app.command()(apply)
 app.command()(simulate)
 app.add_typer(bank_app, name="bank")
 app.add_typer(eval_app, name="eval")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,14 +40,72 @@ Where = Annotated[str | None, typer.Option(help="SQL on the columns id, text, to
 def stats(bank: Address, as_json: Json = False) -> None:
     """Say what is in a bank and what it weighs."""
     from memory3.remote import open_bank
+    from memory3.tiers import report
 
     with open_bank(bank) as opened:
-        found = opened.stats()
+        found = opened.stats() | report(opened)
     if as_json:
         print(json.dumps(found))
         return
     for name, value in found.items():
-        print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value}")
+        if name != "tiers":
+            print(f"{name:20} {value:,}" if isinstance(value, int) else f"{name:20} {value}")
+    _print_tiers(found)
+
+
+@bank_app.command()
+def tiers(
+    bank: Folder,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(min=0, help="Most bytes of the folder: memories that save least fall back to text. 0: no limit."),
+    ] = None,
+    price_gb_month: Annotated[
+        float | None, typer.Option(min=0.0, help="Price of keeping 1e9 bytes for 30 days: memories that save less fall back.")
+    ] = None,
+    price_hour: Annotated[float | None, typer.Option(min=0.0, help="Price of an hour of the machine.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.0, help="What that machine computes, in 1e12 FLOPs a second.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is kept as text, as memory and in parameters and what that saved; set the limits that decide it."""
+    from dataclasses import replace
+
+    from memory3.bank import Bank
+    from memory3.spec import SpecError
+    from memory3.tiers import Settings, Tiers, rent_of, report
+
+    prices = (price_gb_month, price_hour, tflops)
+    if any(p is not None for p in prices) and not all(p is not None for p in prices):
+        raise SpecError("found a part of the prices, expected --price-gb-month, --price-hour and --tflops together")
+    with Bank(bank) as opened:
+        there = now = Settings.load(opened.path)
+        if max_bytes is not None:
+            now = replace(now, max_bytes=max_bytes or None)
+        if price_gb_month is not None and price_hour is not None and tflops is not None:
+            now = replace(now, rent=rent_of(opened.record_bytes, price_gb_month, price_hour, tflops))
+        fallen = 0
+        if now != there:
+            with opened.exclusive():
+                now.save(opened.path)
+                fallen = Tiers(opened).fit()
+        found = report(opened) | {"fallen": fallen}
+    if as_json:
+        print(json.dumps(found))
+        return
+    _print_tiers(found)
+    if now != there:
+        print(f"{fallen} memories fell back to text")
+
+
+def _print_tiers(found: dict[str, Any]) -> None:
+    from memory3.cost import three_digits as digits
+
+    print("  ".join(f"{name}: {count:,}" for name, count in found["tiers"].items()))
+    if found["recalls"] and found["flops_paid"] is not None:
+        print(
+            f"{found['recalls']:,} recalls cost {digits(found['flops_paid'])} FLOP with all encodings, {digits(found['flops_as_text'])} as text "
+            "in the prompt"
+        )
 
 
 @bank_app.command("list")
@@ -70,16 +128,26 @@ def list_(
                 raise BankError(f"{bank} has nothing of {source!r}, expected a source that `memory3 bank list {bank}` names")
             rows = [row for row in rows if row["id"] in there]
         places = opened.references(row["id"] for row in rows[:limit])
+        tier = opened.tier_of_each()
         for row in rows[:limit]:
             sources = [f"{r.source}:{r.start}-{r.end}" for r in places[row["id"]]]
             if as_json:
                 print(
                     json.dumps(
-                        {"id": row["id"], "tokens": row["tokens"], "sources": sources, "text": row["text"]}, ensure_ascii=False
+                        {
+                            "id": row["id"],
+                            "tokens": row["tokens"],
+                            "tier": tier[row["id"]],
+                            "sources": sources,
+                            "text": row["text"],
+                        },
+                        ensure_ascii=False,
                     )
                 )
             else:
-                print(f"{row['id']}  {row['tokens']:>4}  {sources[0]}  {' '.join(row['text'].split())[:80]}")
+                print(
+                    f"{row['id']}  {row['tokens']:>4}  {tier[row['id']]:6}  {sources[0]}  {' '.join(row['text'].split())[:80]}"
+                )
 
 
 @bank_app.command()
@@ -89,10 +157,14 @@ def show(bank: Address, id: Annotated[str, typer.Argument(help="Id of a memory, 
 
     with open_bank(bank) as opened:
         [spans] = opened.references([id]).values()
-        [memory] = opened.read([id])
+        tier = opened.tier_of_each()[id]
+        memory = opened.read([id])[0] if id in opened.places() else None
     print(spans[0].text)
     for r in spans:
         print(f"  from {r.source}:{r.start}-{r.end}")
+    if memory is None:
+        print(f"  {tier}: no key-values are kept, they are made when it is read")
+        return
     pairs, kept, head_dim = memory.keys.shape
     print(f"  memory: {pairs} (layer, kv head) pairs x {kept} kept tokens x {head_dim}, {memory.nbytes:,} bytes in RAM")
 

@@ -53,12 +53,25 @@ def write(
     tokens_per_head: TokensPerHead = None,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text, in JSONL, CSV and Parquet.")] = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="References of one forward pass.")] = 64,
-    max_bytes: Annotated[int | None, typer.Option(min=1, help="Stop before the folder of the bank grows beyond.")] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Stop before the folder of the bank grows beyond; with --lazy a lasting limit, under which memories fall back to text.",
+        ),
+    ] = None,
     update: Annotated[
         bool, typer.Option("--update", help="Forget what the bank has of these files that they do not say any more.")
     ] = False,
     context: Annotated[
         bool, typer.Option("--context", help="Encode each document as one sequence: memories see the text before them.")
+    ] = False,
+    lazy: Annotated[
+        bool,
+        typer.Option(
+            "--lazy",
+            help="Store texts alone: each is encoded when it is recalled, and kept where that pays (memory3 bank tiers).",
+        ),
     ] = False,
     codec: CodecName = None,
     codebook: CodebookFile = None,
@@ -91,6 +104,7 @@ def write(
                 read=read,
                 update=update,
                 context=context,
+                lazy=lazy,
                 on_progress=tell,
             )
     for error in unreadable:
@@ -176,7 +190,7 @@ def _ask_one(
             _print_citations(made)
         return made
     [found] = searched([question], recall, as_text=False)
-    if found is not None and not found.hits:
+    if found is not None and not found.hits and not found.known:
         print(NOTHING)
         return document(question, None, found)
     completion, started = None, False
@@ -199,8 +213,9 @@ def _print_citations(made: dict[str, Any]) -> None:
     memory = made["memory"]
     if memory["logit_shift"] is not None:
         mass = " ".join(f"{layer}:{m:.2f}" for layer, m in memory["attention_mass"].items())
+        encoded = f"{memory['encoded']} encoded from text, " if memory["encoded"] else ""
         print(
-            f"  memory: {memory['references']} references, {memory['bytes_read']:,} bytes read, "
+            f"  memory: {memory['references']} references, {encoded}{memory['bytes_read']:,} bytes read, "
             f"attention mass per layer {mass or '-'}, logit shift {memory['logit_shift']:.3f} nats"
         )
 
@@ -209,7 +224,7 @@ def _warn_if_silent(documents: list[dict[str, Any]]) -> None:
     """The guard against silent ineffectiveness."""
     for made in documents:
         shift = made["memory"]["logit_shift"]
-        if shift is not None and not made["memory"]["references"]:
+        if shift is not None and not made["memory"]["references"] and not any(r["known"] for r in made["recalls"]):
             print("warning: nothing was recalled: this answer is closed book (--min-score says so instead)", file=sys.stderr)
         if made["memory"]["references"] and shift is not None and shift < 1e-4:
             print(

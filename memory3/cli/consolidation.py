@@ -1,4 +1,4 @@
-"""`memory3 consolidate`: the most used memories into parameters."""
+"""`memory3 consolidate` and `apply`: the most used memories into parameters, and every reference where a plan wants it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memory3.cli.common import Device, Json, Model, Seed, training
+from memory3.cli.common import Device, Dtype, Json, Model, Seed, decoder_of, progress, training
 
 if TYPE_CHECKING:
     from memory3.bank import Bank
@@ -71,6 +71,40 @@ def consolidate(
             lambda: _lent(model, device), opened, sides, modes, options, uses=uses, days=horizon, tell=tell, report=report
         )
     print(json.dumps(made)) if as_json else _print(made)
+
+
+def apply(
+    plan: Annotated[Path, typer.Argument(help="Plan that `memory3 plan --out` made of this bank.")],
+    bank: Annotated[str, typer.Option(help="Folder of the bank.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter of `memory3 consolidate` that knows what is planned for parameters.")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Bring every reference of a bank into the form that a plan has for it."""
+    from dataclasses import asdict
+
+    from memory3.bank import Bank
+    from memory3.hierarchy.applying import apply as apply_plan
+    from memory3.hierarchy.planning import Plan
+
+    with decoder_of(model, None, device, dtype) as decoder, Bank(bank, decoder) as opened, progress("encoding") as tell:
+        done = apply_plan(Plan.load(plan, opened), opened, adapter, tell)
+    if as_json:
+        print(json.dumps(asdict(done)))
+        return
+    print(
+        f"{done.encoded} texts encoded, {done.dropped} memories are text now ({done.freed_bytes:,} bytes freed), {done.given} references "
+        "are in parameters now"
+    )
+    if done.waiting:
+        print(
+            f"{done.waiting} references are planned for parameters and stay memories: memory3 consolidate --bank {bank} --plan {plan} "
+            "--out DIR, then give --adapter DIR/above"
+        )
 
 
 def _chosen(bank: Bank, ids: Path | None, top: int | None, plan: Path | None, horizon: float) -> tuple[list[str], float | None]:

@@ -250,11 +250,11 @@ def plan(
             opened.uses.set_half_life(half_life)
         texts = texts_of(opened)
         expected = uses_of(opened, horizon) if uses is None else uses_in(uses, texts)
-        created, record_bytes = opened.manifest.created, opened.record_bytes
+        created, record_bytes, kept = opened.manifest.created, opened.record_bytes, opened.places()
     unit = "money" if prices else "s" if tflops else "FLOP"
 
     def forms(text: Text) -> Sequence[Format | Timed | Priced]:
-        return in_unit(_forms(sizes, text, record_bytes, written, options), tflops, prices)[0]
+        return in_unit(_forms(sizes, text, record_bytes, written and text.id in kept, options), tflops, prices)[0]
 
     made = plan_bank(texts, expected, forms, bank=created, days=horizon, unit=unit)
     if out is not None:
@@ -356,10 +356,10 @@ def simulate(
     from memory3.cost import formats
     from memory3.evaluate.picture import check_picture
     from memory3.hierarchy.policies import Adaptive
-    from memory3.hierarchy.simulation import document, headed, rent_of, settings
+    from memory3.hierarchy.simulation import document, headed, settings
     from memory3.hierarchy.simulation import simulate as play
     from memory3.hierarchy.trace import read_trace, zipf
-    from memory3.tiers import costs_of
+    from memory3.tiers import costs_of, rent_of
 
     if out is not None:
         check_picture(out)

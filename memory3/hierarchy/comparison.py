@@ -11,9 +11,10 @@ from typing import Any
 from memory3.bank import Bank
 from memory3.cost import Shape, memory_read_flops, memory_write_flops, text_read_flops
 from memory3.decoder import Decoder
+from memory3.hierarchy.applying import Learned
 from memory3.hierarchy.consolidation import Consolidation, Paid, consolidated, first_layer, schedule_of
 from memory3.hierarchy.phrasings import Subject, subject_of
-from memory3.hierarchy.planning import Plan, uses_of
+from memory3.hierarchy.planning import TRAINED_TIERS, Plan, uses_of
 from memory3.hierarchy.recollection import Recollection, loss_of, recall_of
 from memory3.reader import BankReader
 from memory3.spec import BankError, BankMismatch, SourceError
@@ -22,7 +23,6 @@ from memory3.train.loop import Report, Settings
 
 MOST_HELD = 64
 """Texts that the loss is measured on, at most."""
-TRAINED_TIERS = ("low-rank", "parameters")
 Tell = Callable[[str, int, int | None], None]
 
 
@@ -175,6 +175,7 @@ def compared(
                 made = {**_facts(decoder, bank, sides, uses, days), "recall": recall, "unrelated_loss": loss, "modes": []}
             folder = options.out / mode
             paid = _trained(decoder, sides, mode, folder, options, report)
+            Learned(bank.manifest.created, mode, tuple(s.id for s in sides.subjects)).save(folder)
             made["recall"] += _known(decoder, sides, mode, tell)
             made["modes"].append(
                 {

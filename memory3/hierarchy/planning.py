@@ -16,6 +16,8 @@ from memory3.spec import BankError, BankMismatch, SourceError
 from memory3.uses import expected_uses
 
 PLAN_VERSION = 1
+TRAINED_TIERS = ("low-rank", "parameters")
+"""Forms that are inside parameters."""
 
 
 @dataclass(frozen=True)

@@ -62,20 +62,6 @@ class Outcome:
         return {"optimum": self.best.spent} | {line.policy: line.played.spent for line in self.lines}
 
 
-def rent_of(bytes: int, gb_month: float, hour: float, tflops: float) -> float:
-    """FLOPs that cost as much as keeping so many bytes for a day.
-
-    Args:
-        bytes: of one memory.
-        gb_month: price of keeping 1e9 bytes for 30 days.
-        hour: price of an hour of the machine.
-        tflops: what the machine does, in 1e12 FLOPs a second; 1e-12 gives the rent in its seconds.
-    """
-    if hour <= 0 or tflops <= 0 or gb_month < 0:
-        raise SpecError(f"found an hour for {hour}, {tflops} TFLOPs and a GB-month for {gb_month}, expected prices above 0")
-    return bytes / 1e9 * gb_month / 30 / (hour / 3600) * tflops * 1e12
-
-
 def settings(
     formats: Sequence[Costed], trace: Trace, *, rent: float, passes: float, share: float = 0.1, head: Trace | None = None
 ) -> list[Setting]:
