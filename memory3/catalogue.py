@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory3.documents import is_part
@@ -97,6 +97,7 @@ class Catalogue:
             self._memories = Table(database, self.folder, "memories")
             self._sources = Table(database, self.folder, "sources")
             self._newest = self._memories
+            self._seen: tuple[int, dict[str, Place]] = -1, {}
             self._database = database
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -122,29 +123,43 @@ class Catalogue:
         return int(self._memories.read(lambda table: table.count_rows()))
 
     def locate(self, ids: Iterable[str]) -> dict[str, Place]:
-        """Places of those references that exist; `NO_RECORD` for texts."""
+        """Places of those references that exist; `NO_RECORD` for texts. What `references` has just seen is not looked up again."""
+        wanted = list(ids)
+        version, seen = self._seen
+        if seen and all(id in seen for id in wanted) and version == self._newest.version:
+            return {id: seen[id] for id in wanted}
         columns = ("id", "shard", "slot")
-        return {row["id"]: (row["shard"], row["slot"]) for row in self._newest.rows_with("id", ids, columns)}
+        return {row["id"]: (row["shard"], row["slot"]) for row in self._newest.rows_with("id", wanted, columns)}
 
     def references(self, ids: Iterable[str]) -> dict[str, list[Reference]]:
         """For each memory that exists its text at every place it came from, ordered by source and span."""
-        wanted = list(ids)
-        columns = ("id", "text", CONTEXT) if self._has(CONTEXT) else ("id", "text")
-        texts = {
-            row["id"]: Reference(row["text"], context=row.get(CONTEXT) or "")
-            for row in self._memories.rows_with("id", wanted, columns)
-        }
+        wanted = dict.fromkeys(ids)
+        with ThreadPoolExecutor(1) as beside:  # LanceDB answers one query in about the time of two at once
+            asked = beside.submit(lambda: list(self._spans(wanted)))
+            rows = self._seen_rows(list(wanted))
+            spans = asked.result()
+        texts = {row["id"]: Reference(row["text"], context=row.get(CONTEXT) or "") for row in rows}
         for id, text in texts.items():
             if text.id != id:
                 raise BankError(
                     f"the text of memory {id} is not the one that was written: delete the memory and write its document again"
                 )
         found: dict[str, list[Reference]] = {id: [] for id in wanted if id in texts}
-        for id, source, start, end in sorted(self._spans(texts)):
-            if id not in found:  # a damaged value behind an index that is whole
+        for id, source, start, end in sorted(spans):
+            if id not in wanted:  # a damaged value behind an index that is whole
                 raise unreadable(ValueError(f"source {source!r} names memory {id}, which was not asked for"))
-            found[id].append(replace(texts[id], source=source, start=start, end=end))
+            if id in found:
+                found[id].append(replace(texts[id], source=source, start=start, end=end))
         return {id: spans or [texts[id]] for id, spans in found.items()}
+
+    def _seen_rows(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows with texts; the places in them are kept for `locate`, with the version that they are of."""
+        columns = ("id", "text", "shard", "slot", *((CONTEXT,) if self._has(CONTEXT) else ()))
+        version = self._memories.version
+        rows = list(self._memories.rows_with("id", ids, columns))
+        if self._newest is self._memories and version == self._memories.version:
+            self._seen = version, {row["id"]: (row["shard"], row["slot"]) for row in rows}
+        return rows
 
     def in_context(self) -> list[str]:
         """Ids of memories that saw their surroundings."""
@@ -320,21 +335,7 @@ class Catalogue:
         Raises:
             BankError: LanceDB does not understand the condition.
         """
-        columns = ["id", "text", "tokens", "created"]
-        query = self._memories.raw.search().select(columns)
-        if condition is not None:
-            # In parentheses, and the last one on a line of its own: LanceDB ignores what it does not understand behind a
-            # condition (LIMIT, a second statement), and what is ignored must not be deleted.
-            query = query.where(f"({condition}\n)")
-        try:
-            found = query.to_arrow().to_pylist()
-        except (OSError, RuntimeError, ValueError) as error:
-            if condition is None:
-                raise unreadable(error) from error
-            reason = str(error).splitlines()[0]
-            raise BankError(
-                f"found the filter {condition!r} ({reason}), expected SQL on the columns {', '.join(columns)}"
-            ) from None
+        found = self._memories.where(("id", "text", "tokens", "created"), condition)
         return sorted(found, key=lambda row: row["id"])[:limit]
 
     def every_place(self) -> dict[str, Place]:
@@ -398,12 +399,7 @@ class Catalogue:
 
     def index_bytes(self) -> dict[str, int]:
         """Bytes of the indexes of `memories`, by column."""
-        found: dict[str, int] = {}
-        for index in self._memories.dataset().describe_indices():
-            for segment in index.segments:
-                files = Path(self.folder, "memories.lance", "_indices", str(segment.uuid)).rglob("*")
-                found[index.field_names[0]] = found.get(index.field_names[0], 0) + sum(f.stat().st_size for f in files)
-        return found
+        return self._memories.index_bytes()
 
     def index_words(self) -> None:
         """Make the full-text index anew, for all texts at once."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory3.spec import BankError
@@ -92,6 +93,33 @@ class Table:
         found: list[dict[str, Any]] = self.read(
             lambda table: table.search().where(condition).select(list(columns)).to_arrow().to_pylist()
         )
+        return found
+
+    def where(self, columns: Sequence[str], condition: str | None) -> list[dict[str, Any]]:
+        """Rows that an SQL condition of a user on these columns selects; `BankError` where LanceDB does not understand it."""
+        query = self.raw.search().select(list(columns))
+        if condition is not None:
+            # In parentheses, and the last one on a line of its own: LanceDB ignores what it does not understand behind a
+            # condition (LIMIT, a second statement), and what is ignored must not be deleted.
+            query = query.where(f"({condition}\n)")
+        try:
+            found: list[dict[str, Any]] = query.to_arrow().to_pylist()
+        except (OSError, RuntimeError, ValueError) as error:
+            if condition is None:
+                raise unreadable(error) from error
+            reason = str(error).splitlines()[0]
+            raise BankError(
+                f"found the filter {condition!r} ({reason}), expected SQL on the columns {', '.join(columns)}"
+            ) from None
+        return found
+
+    def index_bytes(self) -> dict[str, int]:
+        """Bytes of the indexes, by column."""
+        found: dict[str, int] = {}
+        for index in self.dataset().describe_indices():
+            for segment in index.segments:
+                files = Path(self.folder, f"{self.name}.lance", "_indices", str(segment.uuid)).rglob("*")
+                found[index.field_names[0]] = found.get(index.field_names[0], 0) + sum(f.stat().st_size for f in files)
         return found
 
     def rows_with(self, column: str, ids: Iterable[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
