@@ -328,3 +328,34 @@ def test_a_kill_leaves_no_row_that_points_at_nothing_and_writing_again_mends(tmp
     bank.add([two], FakeDecoder().encode(["two"]))
     assert bank.references([two.id]) == {two.id: [two]}
     assert same(bank.read([two.id])[0], FakeDecoder().encode(["two"])[0])
+
+
+def test_a_place_that_was_seen_with_the_text_is_looked_up_again_when_it_moved(tmp_path: Path) -> None:
+    bank, [one, two] = filled(tmp_path, "one", "two")
+    reader = Bank(tmp_path, FakeDecoder())
+    assert list(reader.references([two.id])) == [two.id]
+    bank.delete([one.id])
+    bank.compact()
+    assert same(reader.read([two.id])[0], FakeDecoder().encode(["two"])[0])
+    assert list(reader.references([two.id])) == [two.id]
+    bank.delete([two.id])
+    with pytest.raises(BankError, match="has no memory"):
+        reader.read([two.id])
+
+
+def test_what_was_seen_with_its_text_takes_no_second_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, [one, two] = filled(tmp_path, "one", "two")
+    bank.references([one.id, two.id])
+    asked: list[str] = []
+    rows_with = bank._catalogue._newest.rows_with
+    monkeypatch.setattr(bank._catalogue._newest, "rows_with", lambda *words: asked.append(words[0]) or rows_with(*words))
+    bank.read([two.id])
+    assert asked == []
+    assert reader_of(bank).read([one.id])
+    bank.references([one.id])
+    bank.read([two.id])
+    assert asked == ["id", "id"]
+
+
+def reader_of(bank: Bank) -> Bank:
+    return Bank(bank.path, FakeDecoder())
