@@ -409,11 +409,16 @@ class Bank(BankReader):
 
 
 def _bytes_under(folder: Path) -> int:
-    sizes = []
-    for file in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another process may tidy up meanwhile
-            sizes.append(file.stat().st_size if file.is_file() else 0)
-    return sum(sizes)
+    total, folders = 0, [str(folder)]
+    while folders:
+        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:  # another process may tidy up meanwhile
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                    continue
+                with suppress(FileNotFoundError):
+                    total += entry.stat().st_size
+    return total
 
 
 _OURS = {LOCK, FOLDER, SHARDS, f"{MANIFEST}.new", CODEBOOK, f"{CODEBOOK}.new"}

@@ -376,6 +376,10 @@ class Catalogue:
         found = self._newest.column("id", "tokens", "shard")
         return found.append_column(ADAPTER, pa.nulls(len(found), pa.string()))
 
+    def lengths(self, ids: Iterable[str]) -> dict[str, int]:
+        """Tokens of those references that exist."""
+        return {row["id"]: row["tokens"] for row in self._newest.rows_with("id", ids, ("id", "tokens"))}
+
     def known_to(self, adapters: Sequence[str], ids: Iterable[str]) -> list[str]:
         """Those of the ids that one of these adapters knows."""
         if not adapters or not self._newest.has(ADAPTER):

@@ -157,6 +157,10 @@ class BankReader:
         """`id`, `tokens`, `shard` and `adapter` of every reference: a shard below 0 says that it is text alone, an adapter who knows it."""
         return self._catalogue.tiers()
 
+    def lengths(self, ids: Sequence[str]) -> dict[str, int]:
+        """Tokens of those references that exist."""
+        return self._catalogue.lengths(ids)
+
     def tier_of_each(self) -> dict[str, str]:
         """`text`, `memory` or `parameters`, by id."""
         table = self.tiers()

@@ -13,9 +13,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,13 @@ from memory3.cost import Costed, Shape, memory_read_flops, memory_write_flops, t
 from memory3.reader import BankReader, MemoryWriter
 from memory3.record import short
 from memory3.spec import BankError, MemorySpec, SpecError, UnsupportedModel
-from memory3.uses import History, Use, exposure, posterior_rate
+from memory3.uses import DAY_S, History, Use, exposure, posterior_rate
 
 SETTINGS = "tiers.json"
 HORIZON_DAYS = 60.0
 """Days over which keeping a memory has to pay."""
+LOOK_S, POOL = 60.0, 16
+"""How long a look at the whole bank is gone by, at least, and of how many of the least useful memories the uses since are asked."""
 REFRESHED = 32
 """Moves between two refreshes of the indexes."""
 NAMES = ("text", "memory", "parameters")
@@ -176,6 +179,27 @@ class _Rows:
     entries: NDArray[np.float64]
 
 
+@dataclass
+class _Look:
+    """What was seen of a whole bank, which takes a while where it is large: uses a day of a mean reference, days that count, and the
+    memories, those that save least first.
+    """
+
+    mean: float
+    seen: float
+    order: list[str] = field(default_factory=list)
+    savings: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    lasts_until: float = 0.0
+
+    @property
+    def fresh(self) -> bool:
+        return monotonic() < self.lasts_until
+
+    def below(self, rent: float) -> int:
+        """Memories that saved less than that a day."""
+        return int((self.savings < rent).sum())
+
+
 class Tiers:
     """The tiers of a bank.
 
@@ -186,6 +210,7 @@ class Tiers:
     def __init__(self, bank: Bank) -> None:
         self.bank, self.settings = bank, Settings.load(bank.path)
         self.spec = MemorySpec.from_json(bank.manifest.identity["spec"])
+        self._look: _Look | None = None
 
     def settle(self, records: Mapping[str, bytes]) -> int:
         """Keep those memories that are worth their place, of texts that were just encoded for a recall; how many.
@@ -207,10 +232,8 @@ class Tiers:
         their space back; how many. For a moment their records are there twice.
         """
         with self.bank.exclusive():
-            rows, room = self._rows(self._kept_ids()), self.room(further_bytes)
-            worst = np.argsort(rows.savings, kind="stable")
-            least = int((rows.savings < self.settings.rent).sum())
-            dropped = self.bank.drop(rows.ids[n] for n in worst[: max(least, -room)])
+            look, room = self._looked(), self.room(further_bytes)
+            dropped = self.bank.drop(look.order[: max(look.below(self.settings.rent), -room)])
             if dropped:
                 self.bank.refresh(keep_versions=False)
                 self.bank.compact()
@@ -220,27 +243,56 @@ class Tiers:
         room, rent = self.room(), self.settings.rent
         if room >= len(records) and not rent:
             return self._keep(records, ())
-        new, kept = self._rows(list(records)), self._rows(self._kept_ids())
-        order = iter(np.argsort(kept.savings, kind="stable").tolist())
-        worst = next(order, None)
-        chosen, fallen = dict[str, bytes](), list[str]()
-        while worst is not None and kept.savings[worst] < rent:
-            fallen.append(kept.ids[worst])
-            worst = next(order, None)
-        room = max(0, room) + len(fallen)
+        look = self._look = self._look if self._look is not None and self._look.fresh else self._looked()
+        new, kept = self._rows(list(records), look), self._worst(look, POOL + 2 * len(records))
+        fallen = int((kept.savings < rent).sum())
+        room = max(0, room) + fallen
+        chosen = dict[str, bytes]()
         for n in np.argsort(-new.savings, kind="stable").tolist():
-            if room <= 0 and worst is None:
+            displaced = room <= 0
+            if displaced and fallen == len(kept.ids):
                 break
-            price = rent if room > 0 else max(rent, float(kept.savings[worst or 0]))
+            price = max(rent, float(kept.savings[fallen])) if displaced else rent
             if HORIZON_DAYS * (new.savings[n] - price) <= new.entries[n]:
                 break
             chosen[new.ids[n]] = records[new.ids[n]]
-            if room > 0:
-                room -= 1
-            else:
-                fallen.append(kept.ids[worst or 0])
-                worst = next(order, None)
-        return self._keep(chosen, fallen)
+            room, fallen = (room, fallen + 1) if displaced else (room - 1, fallen)
+        look.order[:0] = kept.ids[fallen:]
+        return self._keep(chosen, kept.ids[:fallen])
+
+    def _looked(self) -> _Look:
+        """All memories by what they save."""
+        began = monotonic()
+        history, table = self.bank.uses.history(), self.bank.tiers()
+        scores = sum(use.score for use in history.uses.values())
+        seen = exposure((history.now - (history.began or history.now)) / DAY_S, history.half_life_days)
+        look = _Look(max(scores, 1e-9) / seen / max(1, len(table)), seen)
+        columns = (table[name].to_pylist() for name in ("id", "tokens", "shard"))
+        kept = {id: tokens for id, tokens, shard in zip(*columns, strict=True) if shard >= 0}
+        rows = self._rated(list(kept), list(kept.values()), history, look)
+        order = np.argsort(rows.savings, kind="stable")
+        look.order, look.savings = [rows.ids[n] for n in order], rows.savings[order]
+        look.lasts_until = monotonic() + max(LOOK_S, 20 * (monotonic() - began))
+        return look
+
+    def _worst(self, look: _Look, count: int) -> _Rows:
+        """Those that saved least at the last look, as they are now; they leave the look."""
+        some, look.order = look.order[:count], look.order[count:]
+        gone = set(self.bank.unwritten(some))
+        rows = self._rows([id for id in some if id not in gone], look)
+        order = np.argsort(rows.savings, kind="stable")
+        return _Rows([rows.ids[n] for n in order], rows.savings[order], rows.entries[order])
+
+    def _rows(self, ids: Sequence[str], look: _Look) -> _Rows:
+        lengths = self.bank.lengths(ids)
+        return self._rated(ids, [lengths.get(id, 1) for id in ids], self.bank.uses.history(ids), look)
+
+    def _rated(self, ids: Sequence[str], tokens: Sequence[int], history: History, look: _Look) -> _Rows:
+        scores = np.array([use.score if (use := history.uses.get(id)) else 0.0 for id in ids])
+        lengths = np.array(tokens, np.int64)
+        costs = [self.costs(n) for n in range(1, int(lengths.max(initial=1)) + 1)]
+        saving, entry = (np.array([getattr(c, name) for c in costs])[lengths - 1] for name in ("saving", "entry"))
+        return _Rows(ids, posterior_rate(scores, look.seen, look.mean) * saving, entry)
 
     def _keep(self, records: Mapping[str, bytes], instead_of: Sequence[str]) -> int:
         """Move, and bring the indexes up to date now and then, or where the limit is near."""
@@ -260,25 +312,6 @@ class Tiers:
             return 2**62
         held = self.bank.total_bytes() + self.bank.table_bytes() + _COMMIT_BYTES
         return (self.settings.max_bytes - further_bytes - held) // self.bank.record_bytes
-
-    def _kept_ids(self) -> list[str]:
-        return sorted(self.bank.places())
-
-    def _rows(self, ids: Sequence[str]) -> _Rows:
-        history, tokens = self.bank.uses.history(), self._tokens
-        lengths = np.array([tokens.get(id, 1) for id in ids], np.int64)
-        seen = exposure((history.now - (history.began or history.now)) / 86400, history.half_life_days)
-        scores = np.array([use.score if (use := history.uses.get(id)) else 0.0 for id in ids])
-        mean = max(sum(use.score for use in history.uses.values()), 1e-9) / seen / max(1, len(self.bank))
-        rates = posterior_rate(scores, seen, mean)
-        costs = [self.costs(n) for n in range(1, int(lengths.max(initial=1)) + 1)]
-        saving, entry = (np.array([getattr(c, name) for c in costs])[lengths - 1] for name in ("saving", "entry"))
-        return _Rows(ids, rates * saving, entry)
-
-    @property
-    def _tokens(self) -> dict[str, int]:
-        table = self.bank.tiers()
-        return dict(zip(table["id"].to_pylist(), table["tokens"].to_pylist(), strict=True))
 
     def costs(self, tokens: int) -> Costs:
         """What a reference of so many tokens costs in FLOPs; by its tokens alone where the model's shape is unknown."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import expm1, log
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from memory3.spec import BankError, SpecError
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 USES = "uses.sqlite"
 HALF_LIFE_DAYS = 30.0
 DAY_S = 86400.0
+_AT_ONCE = 500
 PATIENCE_S = 10.0
 """How long a deletion waits for other processes; a count does not wait."""
 
@@ -112,8 +113,8 @@ class Uses:
             return False
         return True
 
-    def history(self) -> History:
-        """All counts, decayed to this moment.
+    def history(self, ids: Sequence[str] | None = None) -> History:
+        """All counts, or those of some ids, decayed to this moment.
 
         Raises:
             BankError: the file is damaged.
@@ -125,8 +126,8 @@ class Uses:
             # "rw" makes no file, and reads alone where nothing can be written; "ro" cannot take back what a kill left half done.
             with closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=rw", uri=True, timeout=PATIENCE_S)) as open_:
                 about = dict(open_.execute("select name, value from about"))
-                rows = open_.execute("select id, score, at, recalls from uses").fetchall()
-                ways = _ways(open_)
+                rows = _some(open_, "select id, score, at, recalls from uses", ids)
+                ways = _ways(open_, ids)
         except sqlite3.Error as error:
             raise BankError(
                 f"{self.path} cannot be read ({error}), expected a use history: remove it to begin a new one"
@@ -231,11 +232,19 @@ class Uses:
             open_.execute("commit")
 
 
-def _ways(open_: sqlite3.Connection) -> dict[tuple[str, str], int]:
+def _some(open_: sqlite3.Connection, query: str, ids: Sequence[str] | None) -> list[Any]:
+    """Rows of a query, of all ids or of some."""
+    if ids is None:
+        return open_.execute(query).fetchall()
+    parts = (ids[n : n + _AT_ONCE] for n in range(0, len(ids), _AT_ONCE))
+    return [row for some in parts for row in open_.execute(f"{query} where id in ({', '.join('?' * len(some))})", some)]
+
+
+def _ways(open_: sqlite3.Connection, ids: Sequence[str] | None) -> dict[tuple[str, str], int]:
     """Times of each id and way; a history from before this was counted has none."""
     if not open_.execute("select 1 from sqlite_master where name = 'ways'").fetchone():
         return {}
-    return {(id, way): times for id, way, times in open_.execute("select id, way, times from ways")}
+    return {(id, way): times for id, way, times in _some(open_, "select id, way, times from ways", ids)}
 
 
 def decayed(score: float, age_s: float, half_life_days: float = HALF_LIFE_DAYS) -> float:
