@@ -11,7 +11,7 @@ from typing import Any
 
 from memory3.decoder import Decoder
 from memory3.generation import Completion, Prompt, complete
-from memory3.recall import Recalled, Recaller
+from memory3.recall import Recall, Recalled, Recaller
 from memory3.spec import Reference, SourceError
 
 QUESTION = "Question: {question}\nAnswer:"
@@ -80,7 +80,8 @@ def searched(questions: Sequence[str], recall: Recaller | None, as_text: bool) -
     """
     if recall is None or not (as_text or recall.min_score is not None):
         return [None] * len(questions)
-    return list(recall([q.strip() for q in questions]))
+    look = recall.texts if as_text and isinstance(recall, Recall) else recall
+    return list(look([q.strip() for q in questions]))
 
 
 def document(

@@ -7,22 +7,24 @@ One process writes at a time; any number read, and see each batch whole or not a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+
+import torch
 
 from memory3.catalogue import FOLDER, KEPT_VERSIONS, Catalogue, Entry, Span
 from memory3.codebook import CODEBOOK
 from memory3.codec import RawCodec
 from memory3.documents import is_part
 from memory3.embedding import Embedder, VectorSpace
-from memory3.guard import LOCK, Guard, replaced_bank
+from memory3.guard import LOCK, WAIT_S, Guard, replaced_bank
 from memory3.journal import Deletion
 from memory3.manifest import MANIFEST, Manifest
 from memory3.reader import BankReader, MemoryWriter, version_name
-from memory3.record import Codec
-from memory3.shards import NO_RECORD, Place, Shards
+from memory3.record import Codec, short
+from memory3.shards import NO_RECORD, Place, Shards, bytes_under
 from memory3.spec import BankError, BankMismatch, Memory, Reference
 from memory3.states import Version
 from memory3.uses import ENCODED, KNOWN, USES, Uses
@@ -79,17 +81,21 @@ class Bank(BankReader):
         super().__init__(str(self.path), decoder, manifest, catalogue, self._shards, embedder, at)
         if codec is not None and codec != self.manifest.codec:
             raise BankMismatch(
-                f"{self.path} has codec {_named(self.manifest.codec)}, expected {_named(codec)}: "
+                f"{self.path} has codec {self.manifest.codec.described}, expected {codec.described}: "
                 f"leave the codec out, or write a new bank: memory3 write … --bank NEW"
             )
 
     def total_bytes(self) -> int:
         """Bytes of all files of the folder."""
-        return _bytes_under(self.path)
+        return bytes_under(self.path)
+
+    def shard_bytes(self) -> int:
+        """Bytes of all records, of those too that no row points at."""
+        return self._shards.total_bytes()
 
     def table_bytes(self) -> int:
         """Bytes of texts, sources and index."""
-        return _bytes_under(self.path / FOLDER)
+        return bytes_under(self.path / FOLDER)
 
     # Write
 
@@ -108,13 +114,16 @@ class Bank(BankReader):
         self._refuse_without_model()
         with self.exclusive():
             codec, shape, places = self.manifest.codec, self.manifest.shape, self._catalogue.locate(by_id)
+            texts = set(self.texts_among(places))
             order = dict.fromkeys(r.id for r in references)
-            wanted = {id: by_id[id] for id in order if places.get(id, NO_RECORD) == NO_RECORD}
+            wanted = {id: by_id[id] for id in order if id not in places or id in texts}
             records = {id: codec.encode(memory, shape, id) for id, (_, memory) in wanted.items()}
             new = [reference for id, (reference, _) in wanted.items() if id not in places]
             if new:
                 self._append(new, lambda: self._shards.append([records.pop(r.id) for r in new]))
-            self.keep(records)
+            if records:
+                self.uses.note_encoded(records)
+                self.keep(records)
             self._catalogue.add_spans(references)
         return len(wanted)
 
@@ -139,27 +148,33 @@ class Bank(BankReader):
 
     # Tiers
 
-    def unwritten(self, ids: Iterable[str]) -> list[str]:
-        """Those ids that the bank has no key-values of, in order, each once."""
-        wanted = list(dict.fromkeys(ids))
-        places = self._catalogue.locate(wanted)
-        return [id for id in wanted if places.get(id, NO_RECORD) == NO_RECORD]
+    def records_of(self, ids: Collection[str]) -> list[tuple[Place, str]]:
+        """Records that hold key-values of these, and whose each is; of those too that no row points at."""
+        return self._shards.records_of(ids)
 
     def texts_among(self, ids: Iterable[str]) -> list[str]:
-        """Those of the ids that are kept as text alone, each once."""
-        return [id for id, place in self._catalogue.locate(dict.fromkeys(ids)).items() if place == NO_RECORD]
+        """Those of the ids that are text: neither with key-values nor in an adapter's parameters; in order, each once."""
+        wanted = list(dict.fromkeys(ids))
+        places, given = self._catalogue.locate(wanted), self._catalogue.adapters_of(wanted)
+        return [id for id in wanted if places.get(id) == NO_RECORD and id not in given]
 
     def keep(self, records: Mapping[str, bytes], instead_of: Sequence[str] = ()) -> int:
         """Move texts up into memory, with the records that `load` made of them; how many.
 
-        What was deleted or moved meanwhile is left out. Records of `instead_of` fall back to text first, and their places are used.
+        What was deleted or moved meanwhile is left out. Memories of `instead_of` fall back to text first, and the places of their records
+        are used.
+
+        Raises:
+            BankError: the disk is full, or another process writes.
+            BankMismatch: the model is in another dtype than the bank, so the records are not what its model would write.
         """
-        if not records and not instead_of:
-            return 0
+        if records:
+            self.refuse_other_dtype()
         with self.exclusive():
             wanted = self.texts_among(records)
             free = list(self._dropped(instead_of).values())
             reused = dict(zip(wanted, free, strict=False))
+            self._shards.erase(free[len(reused) :])
             self._shards.replace({place: records[id] for id, place in reused.items()})
             rest = wanted[len(reused) :]
             places = dict(zip(rest, self._shards.append([records[id] for id in rest]), strict=True)) if rest else {}
@@ -174,9 +189,9 @@ class Bank(BankReader):
             self._shards.erase(places.values())
         return len(places)
 
-    def give(self, ids: Sequence[str], adapter: str) -> None:
+    def give(self, ids: Sequence[str], adapter: str | None) -> None:
         """Move references into the parameters of an adapter, named by its fingerprint: who has it reads them no more; who does not
-        reads them as text.
+        reads them as text. `None`: back to text.
 
         Raises:
             BankError: unknown ids, or a memory that saw its surroundings.
@@ -188,14 +203,16 @@ class Bank(BankReader):
                 raise BankError(
                     f"memory {min(bound)} saw its surroundings, expected one that can be encoded alone: leave it out"
                 )
-            self.uses.note_written(id for id, place in places.items() if place != NO_RECORD)
-            self._catalogue.give(list(places), adapter)
-            self._shards.erase(place for place in places.values() if place != NO_RECORD)
+            written = {id: place for id, place in places.items() if place != NO_RECORD}
+            self.uses.note_written(written)
+            if places:
+                self._catalogue.give(list(places), adapter)
+            self._shards.erase(written.values())
 
     def _dropped(self, ids: Iterable[str]) -> dict[str, Place]:
         """Move rows away from their records; where these were."""
-        bound = set(self.in_context())
-        there = self._catalogue.locate(dict.fromkeys(ids))
+        there = self._catalogue.locate(wanted) if (wanted := list(dict.fromkeys(ids))) else {}
+        bound = set(self.in_context()) if there else set()
         places = {id: place for id, place in there.items() if place != NO_RECORD and id not in bound}
         if places:
             self.uses.note_written(places)
@@ -321,9 +338,9 @@ class Bank(BankReader):
             ways = {ENCODED: encoded, KNOWN: known}
             self.uses.count(ids, lambda ids: [] if self.version == since else self.missing(ids), ways)
 
-    def exclusive(self) -> AbstractContextManager[None]:
+    def exclusive(self, wait_s: float = WAIT_S) -> AbstractContextManager[None]:
         """Be the only writer inside the block, across processes; may be nested. A deletion that a kill interrupted is
-        finished first.
+        finished first. Another writer is waited for so many seconds.
 
         Raises:
             BankError: another writer is at work, or the folder cannot be written.
@@ -333,7 +350,7 @@ class Bank(BankReader):
             raise BankError(
                 f"{self.path} was opened at {self.at}, an earlier state, to be looked at: open it without `at` to write"
             )
-        return self._guard.exclusive()
+        return self._guard.exclusive(wait_s)
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep writers out inside the block, and change nothing; `BankError` where one is at work."""
@@ -396,29 +413,25 @@ class Bank(BankReader):
             return
         self._catalogue.delete_spans(deletion.spans)
         self._catalogue.delete(list(deletion.places))
-        self._shards.erase(deletion.places.values())
+        self._shards.erase({*deletion.places.values(), *(place for place, _ in self.records_of(deletion.places))})
         self._catalogue.purge()
         self.uses.forget(deletion.places)
         Deletion.clear(self.path)
+
+    def refuse_other_dtype(self) -> None:
+        """Raise `BankMismatch` where the model is in another dtype than the bank: what it encodes is not what should be kept."""
+        self._refuse_without_model()
+        mine, there = short(self.decoder.dtype if self.decoder else torch.float32), self.manifest.identity["dtype"]
+        if mine != there:
+            raise BankMismatch(
+                f"{self.path} was written in {there}, this model is in {mine}: load it with --dtype {there} to write"
+            )
 
     def _refuse_without_model(self) -> None:
         if self.decoder is None:
             raise BankError(
                 f"{self.path} was opened without a model, to be looked at: open it with the model that wrote it to write"
             )
-
-
-def _bytes_under(folder: Path) -> int:
-    total, folders = 0, [str(folder)]
-    while folders:
-        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:  # another process may tidy up meanwhile
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                    continue
-                with suppress(FileNotFoundError):
-                    total += entry.stat().st_size
-    return total
 
 
 _OURS = {LOCK, FOLDER, SHARDS, f"{MANIFEST}.new", CODEBOOK, f"{CODEBOOK}.new"}
@@ -433,7 +446,3 @@ def _storable(reference: Reference) -> Reference:
             f"found a reference at {reference.source!r}:{reference.start} with a lone surrogate ({error.reason}), expected Unicode"
         ) from None
     return reference
-
-
-def _named(codec: Codec) -> str:
-    return f"{codec.name} {codec.parameters()}"

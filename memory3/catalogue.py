@@ -356,8 +356,8 @@ class Catalogue:
         with writing(self.folder):
             self._memories.update({"id": pa.array(list(places), pa.string()), "shard": shards, "slot": slots})
 
-    def give(self, ids: Sequence[str], adapter: str) -> None:
-        """Note that an adapter knows these texts, and that no record of theirs is kept, in one commit."""
+    def give(self, ids: Sequence[str], adapter: str | None) -> None:
+        """Note which adapter knows these texts, if any, and that no record of theirs is kept, in one commit."""
         import pyarrow as pa
 
         with writing(self.folder):
@@ -380,12 +380,12 @@ class Catalogue:
         """Tokens of those references that exist."""
         return {row["id"]: row["tokens"] for row in self._newest.rows_with("id", ids, ("id", "tokens"))}
 
-    def known_to(self, adapters: Sequence[str], ids: Iterable[str]) -> list[str]:
-        """Those of the ids that one of these adapters knows."""
-        if not adapters or not self._newest.has(ADAPTER):
-            return []
+    def adapters_of(self, ids: Iterable[str]) -> dict[str, str]:
+        """The adapter of each of the ids that one knows."""
+        if not self._newest.has(ADAPTER):
+            return {}
         rows = self._newest.rows_with("id", ids, ("id", ADAPTER))
-        return [row["id"] for row in rows if row[ADAPTER] in adapters]
+        return {row["id"]: row[ADAPTER] for row in rows if row[ADAPTER] is not None}
 
     @property
     def version(self) -> Version:

@@ -87,7 +87,7 @@ def _refuse(bank: BankReader, recipes: Sequence[Recipe]) -> None:
 def _drawn(bank: BankReader, recipes: Sequence[Recipe], references: int | None, seed: int) -> list[str]:
     """Ids drawn uniformly, without repetition; the first ones are held out."""
     wanted = 4 * -(-_fewest(recipes) // bank.manifest.shape.vectors) if references is None else references
-    ids = bank.ids()
+    ids = sorted(bank.places())
     return random.Random(seed).sample(ids, min(len(ids), wanted + max(1, round(HELD_OUT * wanted))))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from memory3.manifest import MANIFEST
 from memory3.spec import BankError, BankMismatch
 
 LOCK = "write.lock"
+WAIT_S = 2.0
+"""How long a writer waits for another: a recall that keeps a memory holds the lock for a moment."""
 
 
 class Guard:
@@ -41,10 +44,10 @@ class Guard:
             )
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Be the only writer inside the block; may be nested. `BankError` where another one is at work."""
+    def exclusive(self, wait_s: float = WAIT_S) -> Iterator[None]:
+        """Be the only writer inside the block; may be nested. `BankError` where another one is at work for longer than `wait_s`."""
         if self._depth == 0:
-            self._lock = self._taken()
+            self._lock = self._taken(wait_s)
         self._depth += 1
         try:
             if self._depth == 1:
@@ -77,19 +80,24 @@ class Guard:
             return None
         return status.st_ino, status.st_mtime_ns
 
-    def _taken(self) -> int:
+    def _taken(self, wait_s: float = WAIT_S) -> int:
         try:
             descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise BankError(f"{self.path} cannot be written ({error.strerror}): make the folder writable") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise BankError(
-                f"{self.path} is being written by another process, expected one writer at a time: wait for it"
-            ) from None
-        return descriptor
+        until = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.01)
+                    continue
+                os.close(descriptor)
+                raise BankError(
+                    f"{self.path} is being written by another process, expected one writer at a time: wait for it"
+                ) from None
 
 
 def replaced_bank(path: Path) -> Path:

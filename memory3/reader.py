@@ -181,6 +181,12 @@ class BankReader:
         known = self._catalogue.locate(wanted)
         return [id for id in wanted if id not in known]
 
+    def unwritten(self, ids: Iterable[str]) -> list[str]:
+        """Those ids that the bank has no key-values of, in order, each once."""
+        wanted = list(dict.fromkeys(ids))
+        places = self._catalogue.locate(wanted)
+        return [id for id in wanted if places.get(id, NO_RECORD) == NO_RECORD]
+
     def references(self, ids: Iterable[str]) -> dict[str, list[Reference]]:
         """The text of each memory at every place it came from, by source and span; `BankError` for unknown ids."""
         wanted = list(dict.fromkeys(ids))
@@ -214,14 +220,21 @@ class BankReader:
             found = {id: memory for id, place in kept if (memory := self._read(id, place, device)) is not None}
         made = self._encoded([id for id in dict.fromkeys(ids) if id not in found])
         found |= self._from_records(made, device)
-        return [Loaded(self._in_dtype(found[id]), made.get(id)) for id in ids]
+        repeated = len(ids) > len(found)
+        return [Loaded(self._in_dtype(found[id].copy() if repeated else found[id]), made.get(id)) for id in ids]
 
     def count_uses(self, ids: Sequence[str], since: Version, encoded: Iterable[str] = (), known: Iterable[str] = ()) -> None:
         """Note that these were recalled; a bank that is only read keeps no history."""
 
+    def adapters_of(self, ids: Iterable[str]) -> dict[str, str]:
+        """The adapter of each of the ids whose text is in the parameters of one."""
+        return self._catalogue.adapters_of(ids)
+
     def known(self, ids: Iterable[str]) -> list[str]:
         """Those of the ids that the model knows by itself, from an adapter that `memory3 apply` has noted here."""
-        return [] if self.decoder is None else self._catalogue.known_to(self.decoder.adapters, ids)
+        if self.decoder is None or not self.decoder.adapters:
+            return []
+        return [id for id, adapter in self.adapters_of(ids).items() if adapter in self.decoder.adapters]
 
     def search(self, query: str, k: int) -> list[Hit]:
         """The `k` memories whose text shares most with the words of the query (BM25); score descending, then id."""

@@ -19,7 +19,7 @@ from memory3.reader import MemoryWriter
 from memory3.record import Codec
 from memory3.spec import BankError, Reference
 from memory3.splitting import split
-from memory3.tiers import Settings, shape_of
+from memory3.tiers import Settings, Tiers, shape_of
 from memory3.writing import WriteReport, write
 
 RENAMED = "renamed.jsonl"
@@ -65,8 +65,7 @@ def rebuild(
         chosen = codec or _codec_again(bank, decoder)
         with Bank(fresh, decoder, create=True, codec=chosen, embedder=None if fresh.exists() else embedder) as target:
             target.embed(embedder)  # where an interrupted rebuild began with other vectors
-            texts = set(bank.texts_among(bank.ids()))
-            _same_settings(bank, target, decoder)
+            texts = set(bank.unwritten(bank.ids()))
             report = write(decoder, _again(bank, decoder, names, texts), target, batch_size=batch_size, on_progress=on_progress)
             if texts:
                 left = _again(bank, decoder, names, set(bank.ids()) - texts)
@@ -80,6 +79,7 @@ def rebuild(
                 raise BankError(f"{fresh} lacks texts of {path}, expected all of them: run the same command again")
             with suppress(BankError):  # a damaged history is not worth a rebuild
                 target.uses.take(bank.uses.history(), names)
+            _same_settings(bank, target, decoder)
         with (fresh / RENAMED).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"old": id, "new": now}) + "\n" for id, now in names.items())
             file.flush()
@@ -109,8 +109,12 @@ def _forget_what_went(bank: Bank, target: Bank, names: dict[str, list[str]]) -> 
 
 
 def _same_settings(bank: Bank, target: Bank, decoder: MemoryWriter) -> None:
-    """The limits of the old bank hold for the new one."""
-    replace(Settings.load(bank.path), shape=shape_of(decoder)).save(target.path)
+    """The limits of the old bank hold for the new one, and its rent for the bytes of a record."""
+    there, shape = Settings.load(bank.path), shape_of(decoder)
+    rent = 0.0 if shape is None else there.rent * target.record_bytes / bank.record_bytes
+    replace(there, shape=shape, rent=rent).save(target.path)
+    if there.max_bytes is not None:
+        Tiers(target).fit()
 
 
 def _again(bank: Bank, decoder: MemoryWriter, names: dict[str, list[str]], but: Collection[str] = ()) -> Iterator[Reference]:

@@ -12,7 +12,7 @@ from memory3.reader import BankReader, MemoryWriter, version_name
 from memory3.retrieval import RETRIEVERS, Hit, Retriever, default_retriever
 from memory3.spec import BankError, Memory, Reference, SpecError
 from memory3.splitting import overlap
-from memory3.tiers import Tiers
+from memory3.tiers import Settings, Tiers
 from memory3.writing import write
 
 TRAINING_OVERLAP, EVALUATION_OVERLAP = 0.9, 2 / 3
@@ -75,8 +75,9 @@ class MemoryCache:
         return [id for holder, id in self._held if holder == bank]
 
     def drop(self, key: _Key) -> None:
-        """Forget a memory."""
-        self.nbytes -= self._held.pop(key).nbytes
+        """Forget a memory, where it is held."""
+        if key in self._held:
+            self.nbytes -= self._held.pop(key).nbytes
 
 
 class Recaller(Protocol):
@@ -157,6 +158,24 @@ class Recall:
         self._forget_deleted()
         return self._loaded(queries, self._searched(queries, texts or queries) if self.fixed is None else self._fixed(queries))
 
+    def texts(self, queries: Sequence[str]) -> list[Recalled]:
+        """What a recall would bring, as texts alone: no memory is read, and nothing is counted but the use."""
+        found = self._searched(queries, queries) if self.fixed is None else self._fixed(queries)
+        texts, versions = self._references(found), tuple(map(version_name, self._versions))
+        if self.counted:
+            for b, bank in enumerate(self.banks):
+                if used := [hit.id for some in found for holder, hit in some if holder == b]:
+                    bank.count_uses(used, self._versions[b])
+        return [
+            Recalled(
+                query,
+                tuple(hit for _, hit in some),
+                references=tuple(texts[b, hit.id] for b, hit in some),
+                versions=versions,
+            )
+            for query, some in zip(queries, found, strict=True)
+        ]
+
     def _searched(self, queries: Sequence[str], texts: Sequence[str]) -> list[list[_Found]]:
         """The best of all banks for each query."""
         wanted = self.count if self.max_overlap is None else 4 * self.count
@@ -211,7 +230,8 @@ class Recall:
                 raise BankError(
                     f"{first.address} cannot be written to, expected memories of all references there: write them first"
                 )
-            write(first.decoder, [r for r in texts if r.id in missing], first)
+            lazy = Settings.load(first.path).max_bytes is not None  # then what is kept is a matter of its use
+            write(first.decoder, [r for r in texts if r.id in missing], first, lazy=lazy)
         wanted = [r.id if isinstance(r, Reference) else r for r in self.fixed]
         absent = [set(bank.missing(wanted)) for bank in self.banks]
         places = []
@@ -271,8 +291,9 @@ class Recall:
             if used:
                 inside = [id for id in used if (b, id) in known]
                 bank.count_uses(used, self._versions[b], made, inside)
-            if made and (tiers := self._tiers[b]) is not None:
-                tiers.settle(made)
+            if made and (tiers := self._tiers[b]) is not None and tiers.settle(made) is None:
+                for id in made:  # so that the next recall tries again
+                    self.cache.drop((b, id))
 
 
 def _by_bank(keys: Iterable[_Key]) -> dict[int, list[str]]:

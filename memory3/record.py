@@ -25,8 +25,6 @@ MAGIC = b"M3KV"
 LIVE = 1
 _HEADER = struct.Struct("<4sHHI4x16s")  # magic, state, kept tokens, checksum, reserved, id
 _CHECKSUM = slice(8, 12)
-ID_OFFSET = 16
-"""Where a record holds the id of its memory."""
 
 _MOST_VALUES = 2**24
 """Numbers that are decoded at once: 64 MiB of float32."""
@@ -91,6 +89,11 @@ class Codec(ABC):
     def parameters(self) -> dict[str, Any]:
         """Fields of the codec as plain JSON values, for the manifest."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    @property
+    def described(self) -> str:
+        """Name and parameters, for messages."""
+        return f"{self.name} {self.parameters()}"
 
     def files(self) -> Mapping[str, bytes]:
         """What has to lie beside the manifest for this codec to read, by name; most need nothing."""

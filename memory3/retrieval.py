@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
 from typing import ClassVar, Protocol
 
@@ -47,6 +47,9 @@ class Searchable(Protocol):
     @property
     def decoder(self) -> MemoryWriter | None:
         """The model that reads its memories; `None` where it was opened without."""
+
+    def unwritten(self, ids: Iterable[str]) -> list[str]:
+        """Those of the ids that have no key-values."""
 
     def read(self, ids: Sequence[str]) -> list[Memory]:
         """Memories `(P, K, D)`."""
@@ -107,7 +110,8 @@ class Hybrid(Retriever):
 class Internal(Retriever):
     """The first 100 of `Lexical`, ranked again by how much the question attends to their memories; no other model is needed.
 
-    Both scores are standardised over the 100 and added. A question costs one pass through the memory layers and 100 records.
+    Both scores are standardised over the 100 and added. A question costs one pass through the memory layers and 100 records;
+    what is kept as text alone is not encoded for that, and ranked by its words.
     Source: the paper's Remark 2. Controls: `Lexical`, and `weight=0`.
 
     Args:
@@ -133,9 +137,11 @@ class Internal(Retriever):
 
     def _ranked(self, query: str, k: int) -> list[Hit]:
         hits = self.bank.search(query, max(k, FUSED))
-        attended = self.attention.scores(query, self.bank.read([hit.id for hit in hits]))
+        texts = set(self.bank.unwritten(hit.id for hit in hits))
+        kept = [hit.id for hit in hits if hit.id not in texts]
+        attended = dict(zip(kept, standardised(self.attention.scores(query, self.bank.read(kept))), strict=True))
         words = standardised([hit.score for hit in hits])
-        scores = [a + self.weight * b for a, b in zip(words, standardised(attended), strict=True)]
+        scores = [attended.get(hit.id, 0.0) * self.weight + word for hit, word in zip(hits, words, strict=True)]
         ranked = [Hit(hit.id, score) for hit, score in zip(hits, scores, strict=True)]
         return sorted(ranked, key=lambda hit: (-hit.score, hit.id))[: max(0, k)]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from memory3.spec import BankError
@@ -14,6 +15,8 @@ Place = tuple[int, int]
 NO_RECORD: Place = (-1, -1)
 """The place of what is kept as text alone."""
 
+ID_OFFSET = 16
+"""Where a record holds the id of its memory."""
 _NAME = re.compile(r"(\d{5})\.kv")
 
 
@@ -96,6 +99,16 @@ class Shards:
                 self._erase_in(shard, slots)
             except OSError as error:
                 raise BankError(f"{self._path(shard)} cannot be erased in ({error.strerror}): make it writable") from error
+
+    def records_of(self, ids: Collection[str]) -> list[tuple[Place, str]]:
+        """Records of these memories and whose they are, of those too that no row points at: a move that was interrupted leaves some."""
+        wanted, found = {bytes.fromhex(id): id for id in ids}, list[tuple[Place, str]]()
+        for number, size in self._sizes().items() if wanted else ():
+            with self._path(number).open("rb", buffering=0) as file:
+                for slot in range(size // self.record_bytes):
+                    owner = os.pread(file.fileno(), 16, slot * self.record_bytes + ID_OFFSET)
+                    found += [((number, slot), wanted[owner])] if owner in wanted else []
+        return found
 
     def numbers(self) -> list[int]:
         """Numbers of the shard files, ascending."""
@@ -218,3 +231,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def bytes_under(folder: Path) -> int:
+    """Bytes of all files of a folder and those inside it."""
+    total, folders = 0, [str(folder)]
+    while folders:
+        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:  # another process may tidy up meanwhile
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                    continue
+                with suppress(FileNotFoundError):
+                    total += entry.stat().st_size
+    return total

@@ -197,6 +197,10 @@ class Memory:
     values: Tensor
     positions: Tensor
 
+    def copy(self) -> Memory:
+        """The same in storage of its own."""
+        return Memory(self.keys.clone(), self.values.clone(), self.positions.clone())
+
     @property
     def count(self) -> int:
         """`K`: kept tokens per layer and head."""

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -25,8 +24,7 @@ from numpy.typing import NDArray
 from memory3.bank import Bank
 from memory3.cost import Costed, Shape, memory_read_flops, memory_write_flops, text_read_flops
 from memory3.reader import BankReader, MemoryWriter
-from memory3.record import short
-from memory3.spec import BankError, MemorySpec, SpecError, UnsupportedModel
+from memory3.spec import BankError, Memory3Error, MemorySpec, SpecError, UnsupportedModel
 from memory3.uses import DAY_S, History, Use, exposure, posterior_rate
 
 SETTINGS = "tiers.json"
@@ -34,7 +32,7 @@ HORIZON_DAYS = 60.0
 """Days over which keeping a memory has to pay."""
 LOOK_S, POOL = 60.0, 16
 """How long a look at the whole bank is gone by, at least, and of how many of the least useful memories the uses since are asked."""
-REFRESHED = 32
+REFRESHED = 128
 """Moves between two refreshes of the indexes."""
 NAMES = ("text", "memory", "parameters")
 _COMMIT_BYTES = 2**16
@@ -110,6 +108,8 @@ class Settings:
             raise SpecError(f"found a budget of {self.max_bytes} bytes, expected at least 1")
         if not 0 <= self.rent < float("inf"):
             raise SpecError(f"found a rent of {self.rent} FLOPs a day, expected at least 0")
+        if self.rent and self.shape is None:
+            raise SpecError("found a rent and no shape of the model, expected both: what a memory saves has to be known")
 
     @classmethod
     def load(cls, folder: Path) -> Settings:
@@ -134,7 +134,10 @@ class Settings:
         """Note it in a bank, whole or not at all; `BankError` where the folder cannot be written."""
         file, fresh = folder / SETTINGS, folder / f"{SETTINGS}.new"
         try:
-            fresh.write_text(json.dumps(asdict(self)), "utf-8")
+            with fresh.open("w", encoding="utf-8") as written:
+                written.write(json.dumps(asdict(self)))
+                written.flush()
+                os.fsync(written.fileno())
             os.replace(fresh, file)
         except OSError as error:
             raise BankError(f"{file} cannot be written ({error.strerror}): make the folder writable") from error
@@ -181,12 +184,13 @@ class _Rows:
 
 @dataclass
 class _Look:
-    """What was seen of a whole bank, which takes a while where it is large: uses a day of a mean reference, days that count, and the
-    memories, those that save least first.
+    """What was seen of a whole bank, which takes a while where it is large: uses a day of a mean reference, days that count, bytes of the
+    tables, and the memories, those that save least first.
     """
 
     mean: float
     seen: float
+    tables: int
     order: list[str] = field(default_factory=list)
     savings: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     lasts_until: float = 0.0
@@ -205,48 +209,65 @@ class Tiers:
 
     Args:
         bank: opened with the model that writes it; without one nothing can be moved.
+        max_bytes: in place of the limit that the bank has.
     """
 
-    def __init__(self, bank: Bank) -> None:
-        self.bank, self.settings = bank, Settings.load(bank.path)
+    def __init__(self, bank: Bank, max_bytes: int | None = None) -> None:
+        self.bank, self._max_bytes = bank, max_bytes
         self.spec = MemorySpec.from_json(bank.manifest.identity["spec"])
         self._look: _Look | None = None
+        self._loaded: Settings | None = None
+        self._costs: dict[int, Costs] = {}
 
-    def settle(self, records: Mapping[str, bytes]) -> int:
+    @property
+    def settings(self) -> Settings:
+        """As they are in the bank; `BankError` where they are damaged."""
+        there = Settings.load(self.bank.path)
+        if self._max_bytes is not None:
+            there = replace(there, max_bytes=self._max_bytes)
+        if self._loaded is None or there.shape != self._loaded.shape:
+            self._costs = {}
+        self._loaded = there
+        return there
+
+    def settle(self, records: Mapping[str, bytes]) -> int | None:
         """Keep those memories that are worth their place, of texts that were just encoded for a recall; how many.
 
-        Where there is no room, memories that save less fall back to text. Nothing is kept where another process writes
-        or nothing can be written: what was recalled does not depend on it.
+        Where there is no room, memories that save less fall back to text. `None` where another process writes, nothing can be written,
+        or the model is in another dtype than the bank: what was recalled does not depend on it.
         """
-        decoder, identity = self.bank.decoder, self.bank.manifest.identity
-        if decoder is None or short(decoder.dtype) != identity["dtype"]:  # what it encodes is not what the bank's model would
-            return 0
         try:
-            with self.bank.exclusive():
-                return self._settled(records)
-        except BankError:
-            return 0
+            with self.bank.exclusive(wait_s=0):
+                return self._settled({id: records[id] for id in self.bank.texts_among(records)})
+        except Memory3Error:
+            return None
 
     def fit(self, further_bytes: int = 0) -> int:
         """Let memories fall back to text that are below the rent, or that leave no room for so many bytes under the limit, and give
         their space back; how many. For a moment their records are there twice.
         """
         with self.bank.exclusive():
-            look, room = self._looked(), self.room(further_bytes)
-            dropped = self.bank.drop(look.order[: max(look.below(self.settings.rent), -room)])
+            settings, look = self.settings, self._looked()
+            dropped = self.bank.drop(look.order[: max(look.below(settings.rent), -self._room(settings, further_bytes))])
             if dropped:
-                self.bank.refresh(keep_versions=False)
                 self.bank.compact()
+            self._look = None
             return dropped
 
     def _settled(self, records: Mapping[str, bytes]) -> int:
-        room, rent = self.room(), self.settings.rent
+        settings = self.settings
+        room, rent = self._room(settings), settings.rent
         if room >= len(records) and not rent:
-            return self._keep(records, ())
-        look = self._look = self._look if self._look is not None and self._look.fresh else self._looked()
+            return self._keep(records, (), settings)
+        look = self._look if self._look is not None and self._look.fresh else self._looked()
+        if (room := self._room(settings)) < 0:
+            self.fit()
+            look, room = self._looked(), self._room(settings)
+        if room < 0:
+            return 0
         new, kept = self._rows(list(records), look), self._worst(look, POOL + 2 * len(records))
         fallen = int((kept.savings < rent).sum())
-        room = max(0, room) + fallen
+        room += fallen
         chosen = dict[str, bytes]()
         for n in np.argsort(-new.savings, kind="stable").tolist():
             displaced = room <= 0
@@ -258,17 +279,19 @@ class Tiers:
             chosen[new.ids[n]] = records[new.ids[n]]
             room, fallen = (room, fallen + 1) if displaced else (room - 1, fallen)
         look.order[:0] = kept.ids[fallen:]
-        return self._keep(chosen, kept.ids[:fallen])
+        return self._keep(chosen, kept.ids[:fallen], settings)
 
     def _looked(self) -> _Look:
-        """All memories by what they save."""
+        """All memories that may fall by what they save; under a limit older versions of the tables go first."""
         began = monotonic()
-        history, table = self.bank.uses.history(), self.bank.tiers()
+        if self.settings.max_bytes is not None:
+            self.bank.refresh(keep_versions=False)
+        history, table, bound = self.bank.uses.history(), self.bank.tiers(), set(self.bank.in_context())
         scores = sum(use.score for use in history.uses.values())
         seen = exposure((history.now - (history.began or history.now)) / DAY_S, history.half_life_days)
-        look = _Look(max(scores, 1e-9) / seen / max(1, len(table)), seen)
+        look = self._look = _Look(max(scores, 1e-9) / seen / max(1, len(table)), seen, self.bank.table_bytes())
         columns = (table[name].to_pylist() for name in ("id", "tokens", "shard"))
-        kept = {id: tokens for id, tokens, shard in zip(*columns, strict=True) if shard >= 0}
+        kept = {id: tokens for id, tokens, shard in zip(*columns, strict=True) if shard >= 0 and id not in bound}
         rows = self._rated(list(kept), list(kept.values()), history, look)
         order = np.argsort(rows.savings, kind="stable")
         look.order, look.savings = [rows.ids[n] for n in order], rows.savings[order]
@@ -294,29 +317,42 @@ class Tiers:
         saving, entry = (np.array([getattr(c, name) for c in costs])[lengths - 1] for name in ("saving", "entry"))
         return _Rows(ids, posterior_rate(scores, look.seen, look.mean) * saving, entry)
 
-    def _keep(self, records: Mapping[str, bytes], instead_of: Sequence[str]) -> int:
+    def _keep(self, records: Mapping[str, bytes], instead_of: Sequence[str], settings: Settings) -> int:
         """Move, and bring the indexes up to date now and then, or where the limit is near."""
         if not records and not instead_of:
             return 0
-        limit, before = self.settings.max_bytes, self.bank.version[0]
-        if limit is not None and self.bank.total_bytes() + _COMMIT_BYTES > limit:
+        limit, before = settings.max_bytes, self.bank.version[0]
+        added = max(0, len(records) - len(instead_of)) * self.bank.record_bytes
+        if limit is not None and self.bank.total_bytes() + added + 2 * self._commit_bytes > limit:
             self.bank.refresh(keep_versions=False)
         kept = self.bank.keep(records, instead_of)
         if self.bank.version[0] // REFRESHED > before // REFRESHED:
             self.bank.refresh(keep_versions=limit is None)
         return kept
 
-    def room(self, further_bytes: int = 0) -> int:
-        """Further records that fit under the limit; below 0 where there are too many. A rewriting of the tables has to fit too."""
-        if self.settings.max_bytes is None:
+    def room(self) -> int:
+        """Further records that fit under the limit; below 0 where there are too many."""
+        return self._room(self.settings)
+
+    def _room(self, settings: Settings, further_bytes: int = 0) -> int:
+        """A rewriting of the tables has to fit too; versions of them since the last look do not count, for they can go."""
+        if settings.max_bytes is None:
             return 2**62
-        held = self.bank.total_bytes() + self.bank.table_bytes() + _COMMIT_BYTES
-        return (self.settings.max_bytes - further_bytes - held) // self.bank.record_bytes
+        now = self.bank.table_bytes()
+        tables = self._look.tables if self._look is not None and self._look.fresh else now
+        held = self.bank.total_bytes() - now + 2 * (tables + self._commit_bytes)
+        return (settings.max_bytes - further_bytes - held) // self.bank.record_bytes
+
+    @property
+    def _commit_bytes(self) -> int:
+        """What a move adds to the tables: a column of places is written again."""
+        return _COMMIT_BYTES + 64 * len(self.bank)
 
     def costs(self, tokens: int) -> Costs:
         """What a reference of so many tokens costs in FLOPs; by its tokens alone where the model's shape is unknown."""
         if tokens not in self._costs:
-            shape, spec = self.settings.shape, replace(self.spec, reference_length=max(1, tokens))
+            shape = self._loaded.shape if self._loaded is not None else self.settings.shape
+            spec = replace(self.spec, reference_length=max(1, tokens))
             if shape is None:
                 self._costs[tokens] = Costs(2.0 * tokens, 1.0 * tokens, 0.0, 0.0)
             else:
@@ -324,17 +360,13 @@ class Tiers:
                 self._costs[tokens] = Costs(text_read_flops(shape, spec), write, read, 0.0)
         return self._costs[tokens]
 
-    @cached_property
-    def _costs(self) -> dict[int, Costs]:
-        return {}
-
     def report(self) -> dict[str, Any]:
         """References in each tier, and what their recalls cost and would have cost as text, as plain JSON values.
 
         Paid is every encoding that is known of, and the reading of memories; a recall as text encodes the reference in the prompt. Costs are
         `None` where the model's shape is unknown.
         """
-        table = self.bank.tiers()
+        table, settings = self.bank.tiers(), self.settings
         columns = [table[name].to_pylist() for name in ("id", "tokens", "shard")]
         history = History({}, None, 0.0)
         with suppress(BankError):  # `verify` says that a history is damaged
@@ -345,15 +377,35 @@ class Tiers:
             encoded = max(use.encoded, int(shard >= 0))
             paid += encoded * costs.encoding + (use.recalls - use.known) * costs.memory
             as_text += use.recalls * costs.text
-        known = self.settings.shape is not None
+        known = settings.shape is not None
         return {
             "tiers": counted(self.bank),
             "recalls": sum(use.recalls for use in history.uses.values()),
             "flops_paid": paid if known else None,
             "flops_as_text": as_text if known else None,
-            "max_bytes": self.settings.max_bytes,
-            "rent_flops": self.settings.rent,
+            "max_bytes": settings.max_bytes,
+            "rent_flops": settings.rent,
         }
+
+
+def limit(bank: Bank, settings: Settings) -> int:
+    """Set what decides over the tiers of a bank, and let memories fall back to text accordingly; how many. After a kill the same call
+    goes on.
+
+    Raises:
+        BankError: the limit leaves no room for texts and their index (nothing was changed), or another process writes.
+    """
+    with bank.exclusive():
+        if settings.max_bytes is not None:
+            bank.refresh(keep_versions=False)
+            least = bank.total_bytes() - bank.shard_bytes() + bank.table_bytes()
+            if settings.max_bytes < least:
+                raise BankError(
+                    f"found a limit of {settings.max_bytes:,} bytes for {bank.path}, expected at least {least:,}: its texts and their index "
+                    "take so much, and as much again as the tables while they are rewritten"
+                )
+        settings.save(bank.path)
+        return Tiers(bank).fit()
 
 
 def report(bank: BankReader) -> dict[str, Any]:

@@ -142,8 +142,13 @@ class Uses:
 
     def note_written(self, ids: Iterable[str]) -> None:
         """Note that the memories of these were encoded once, where nothing says so yet: they are about to go."""
-        with suppress(sqlite3.Error, OSError), self._changed() as open_:
+        with suppress(sqlite3.Error, OSError), self._changed(patience_s=0) as open_:
             open_.executemany("insert or ignore into ways values (?, ?, 1)", [(id, ENCODED) for id in ids])
+
+    def note_encoded(self, ids: Iterable[str]) -> None:
+        """Note that texts were encoded without a recall."""
+        with suppress(sqlite3.Error, OSError), self._changed(patience_s=0) as open_:
+            open_.executemany(_WAY, [{"id": id, "way": ENCODED, "n": 1} for id in ids])
 
     def set_half_life(self, days: float) -> None:
         """Let a recall count half after so many days, from now on; `SpecError` below 0, `BankError` where it cannot be noted."""
@@ -159,18 +164,15 @@ class Uses:
 
     def take(self, history: History, names: Mapping[str, Sequence[str]]) -> None:
         """Begin with the counts of another bank, under the names that its memories have here; where that fails, without."""
-        rows = [
-            (id, use.score, history.now, use.recalls)
-            for old, use in history.uses.items()
-            for id in names.get(old, ())
-            if use.recalls
-        ]
-        with suppress(sqlite3.Error, OSError):
+        here = [(id, use) for old, use in history.uses.items() for id in names.get(old, ())]
+        rows = [(id, use.score, history.now, use.recalls) for id, use in here if use.recalls]
+        ways = [(id, way, n) for id, use in here for way, n in ((ENCODED, use.encoded), (KNOWN, use.known)) if n]
+        with suppress(sqlite3.Error, OSError), self._changed() as open_:
+            open_.executemany("insert or replace into uses values (?, ?, ?, ?)", rows)
+            open_.executemany("insert or replace into ways values (?, ?, ?)", ways)
             if history.began is not None:
-                with self._changed() as open_:
-                    open_.executemany("insert or replace into uses values (?, ?, ?, ?)", rows)
-                    about = [("began", history.began), ("half_life_days", history.half_life_days)]
-                    open_.executemany("insert or replace into about values (?, ?)", about)
+                about = [("began", history.began), ("half_life_days", history.half_life_days)]
+                open_.executemany("insert or replace into about values (?, ?)", about)
 
     def forget(self, ids: Iterable[str]) -> None:
         """Remove the history of memories, from the bytes of the file too; a damaged history goes as a whole.
@@ -296,7 +298,7 @@ def expected_uses(history: History, created: dict[str, float], days: float) -> d
     """
     if not days > 0:
         raise SpecError(f"found a horizon of {days} days, expected more than 0")
-    known = {id: use.score for id, use in history.uses.items() if id in created}
+    known = {id: use.score for id, use in history.uses.items() if id in created and (use.recalls or use.score)}
     if history.began is None or not known:
         raise BankError(
             "found no recalls in the history of this bank, expected some: use it first, or give the expected uses of a file"

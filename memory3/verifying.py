@@ -14,7 +14,7 @@ from typing import Any
 from memory3.bank import SHARDS, Bank
 from memory3.catalogue import FOLDER
 from memory3.journal import JOURNAL
-from memory3.record import ID_OFFSET
+from memory3.shards import NO_RECORD
 from memory3.spec import BankError, Reference
 from memory3.uses import USES
 
@@ -71,6 +71,9 @@ def _verified(bank: Bank, on_progress: Callable[[int, int | None], None] | None)
         if memory not in known:
             found.problems.append(f"source {source!r} names memory {memory}, which is not there: write it again")
     found.problems += [f"memory {id} has no source: write its document again" for id in ids if id not in sourced]
+    odd = [shard for shard in bank.tiers()["shard"].to_pylist() if shard < NO_RECORD[0]]
+    if odd:
+        found.problems.append(f"{len(odd)} rows point at shards such as {odd[0]}, which are none: restore the bank from a copy")
     twice = len(places) - len(set(places.values()))
     if twice:
         found.problems.append(f"{twice} rows point at a record that another row points at too: restore the bank from a copy")
@@ -202,14 +205,5 @@ def _history_problems(bank: Bank) -> list[str]:
 
 
 def _records_of(bank: Bank, ids: Sequence[str] | set[str]) -> list[str]:
-    wanted = {bytes.fromhex(id): id for id in ids}
-    found = []
-    for file in sorted((bank.path / SHARDS).glob("*.kv")):
-        size = bank.record_bytes
-        with file.open("rb") as records:
-            for slot in range(file.stat().st_size // size):
-                records.seek(slot * size + ID_OFFSET)
-                owner = wanted.get(records.read(16))
-                if owner:
-                    found.append(f"record {slot} of {file.relative_to(bank.path)}: key-values of {owner}")
-    return found
+    there = bank.records_of(ids)
+    return [f"record {slot} of {SHARDS}/{shard:05d}.kv: key-values of {id}" for (shard, slot), id in sorted(there)]

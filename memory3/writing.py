@@ -14,11 +14,12 @@ from memory3.catalogue import Span
 from memory3.context import Stretch, stretches
 from memory3.reader import MemoryWriter
 from memory3.spec import BankError, Memory, Reference, SpecError
-from memory3.tiers import Tiers, prepare
+from memory3.tiers import Settings, Tiers, prepare
 
 WINDOW = 1024
 """References that are looked up and sorted by length together."""
 
+_ROW_BYTES = 256
 REFRESHED = 8 * WINDOW
 """References between two refreshes of the indexes, so that searches and manifests stay small in a long write."""
 
@@ -73,7 +74,8 @@ def write(
         references: streamed; at most a window of 1,024 is held, or with `context` one document.
         bank: where they go; locked against other writers until the end.
         batch_size: references of one forward pass, and of one commit.
-        max_bytes: most bytes of the bank's folder; a batch that would not fit is not encoded.
+        max_bytes: most bytes of the bank's folder; a batch that would not fit is not encoded. By default the lasting limit of the
+            bank, which a lazy write sets.
         read: files that `references` reads to their end, told to its `on_read` meanwhile; all of their references pass here.
         update: forget what the bank has of these files beyond their references now; otherwise it is only counted.
         context: encode neighbouring references of a document as one sequence, so that each sees what stands before it, as
@@ -98,19 +100,22 @@ def write(
     done = written = 0
     with bank.exclusive():
         changes = _Changes()
-        prepare(bank, decoder, max_bytes if lazy else None)
+        prepare(bank, decoder)
+        limit = max_bytes or Settings.load(bank.path).max_bytes
         ways = {"lazy": _as_texts, "context": _in_context, "alone": _alone}
         way = ways["lazy" if lazy else "context" if context else "alone"]
         for step in way(decoder, references, bank, batch_size):
             changes.take(step.window)
             if step.new:
-                _check_budget(bank, step.new, max_bytes, written, lazy)
+                _check_budget(bank, step.new, limit, written, lazy)
                 written += bank.add_texts(step.new) if lazy else bank.add(step.new, step.encode())
             bank.add_sources(step.known)
             before, done = done, done + len(step.new) + len(step.known)
             _tell(on_progress, done, total)
             if done // REFRESHED > before // REFRESHED:
                 bank.refresh(keep_versions=max_bytes is None)
+        if lazy and max_bytes:
+            prepare(bank, decoder, max_bytes)
         stale = changes.stale(bank, read) if read else []
         removed = bank.forget_spans(stale) if update else 0
         bank.refresh(keep_versions=max_bytes is None)
@@ -120,14 +125,19 @@ def write(
 
 
 def _check_budget(bank: Bank, batch: Sequence[Reference], max_bytes: int | None, written: int, lazy: bool) -> None:
-    """Stop before the folder could grow beyond the budget; texts count four times, for their index and for a rewriting."""
+    """Stop before the folder could grow beyond the budget; texts count four times, for their index and for a rewriting, and each row
+    for its ids, place, source and vector. A lazy write lets memories go where that makes room.
+    """
     if max_bytes is None:
         return
-    record = 0 if lazy else bank.record_bytes
-    wanted = sum(record + 4 * len(reference.text.encode()) for reference in batch) + bank.table_bytes()
-    if lazy and bank.total_bytes() + wanted > max_bytes:
-        Tiers(bank).fit(wanted)
-    held = bank.total_bytes()
+    space = bank.space
+    each = _ROW_BYTES + (0 if lazy else bank.record_bytes) + (0 if space is None else 4 * space.dimension)
+    texts = sum(each + 4 * len(r.text.encode()) + 2 * len(r.source.encode()) for r in batch)
+    if lazy and bank.total_bytes() + bank.table_bytes() + texts > max_bytes:
+        bank.refresh(keep_versions=False)
+        if bank.total_bytes() - bank.shard_bytes() + bank.table_bytes() + texts <= max_bytes:
+            Tiers(bank, max_bytes).fit(texts)
+    held, wanted = bank.total_bytes(), texts + bank.table_bytes()
     if held + wanted > max_bytes:
         bank.refresh(keep_versions=False)
         raise BankError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fakes import FakeDecoder
 from families import tiny_model, tiny_tokenizer
 from test_tiers import TEXTS, WORDS, banked, kept, references
@@ -78,7 +79,8 @@ def test_what_was_deleted_since_and_what_is_not_planned_is_passed_over(tmp_path:
 def test_a_plan_that_does_not_fit_under_the_limit_changes_nothing(tmp_path: Path) -> None:
     bank, _ = banked(tmp_path)
     bank.refresh(keep_versions=False)
-    Settings(max_bytes=bank.total_bytes() + bank.table_bytes() + 2**16 + 3 * bank.record_bytes // 2).save(tmp_path)
+    room = bank.total_bytes() + bank.table_bytes() + 2 * (2**16 + 64 * len(bank))
+    Settings(max_bytes=room + 3 * bank.record_bytes // 2).save(tmp_path)
     with pytest.raises(BankError, match="the plan has 2 more memories of .* expected at most 1 under the limit"):
         apply(planned(bank, tower="memory", salt="memory"), bank)
     assert kept(bank) == set()
@@ -113,6 +115,47 @@ def test_a_kill_while_texts_are_encoded_is_gone_on_from(tmp_path: Path, monkeypa
     fresh = Bank(tmp_path, decoder)
     assert apply(plan, fresh).encoded == 2
     assert sorted(decoder.encoded) == sorted(TEXTS[:3])
+
+
+def test_another_dtype_is_refused_and_what_saw_its_surroundings_stays(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path / "bank")
+    with pytest.raises(BankMismatch, match="--dtype bfloat16"):
+        apply(planned(bank, tower="memory"), Bank(bank.path, FakeDecoder(dtype=torch.float32)))
+    decoder = FakeDecoder()
+    whole = Bank(tmp_path / "whole", decoder, create=True)
+    write(decoder, references(), whole, context=True)
+    ids = dict(zip(WORDS, (span[0] for span in sorted(whole.spans_of(["notes"]), key=lambda span: span[2])), strict=True))
+    rows = tuple(
+        Planned(ids[word], 9, 1.0, tier) for word, tier in zip(WORDS, ("text", "text", "parameters", "text"), strict=True)
+    )
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / ADAPTER_WEIGHTS).write_bytes(b"weights")
+    Learned(whole.manifest.created, "above", (ids["crows"],)).save(adapter)
+    done = apply(Plan(whole.manifest.created, 30.0, "FLOP", rows, 0.0, {}), whole, adapter)
+    assert (done.dropped, done.given, len(whole.places())) == (1, 0, 3)
+
+
+def test_a_new_adapter_takes_the_place_of_the_old_one_and_a_plan_takes_back(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path / "bank")
+    first, second = adapter_of(tmp_path / "one", bank, "tower"), adapter_of(tmp_path / "two", bank, "tower", "salt")
+    (second / ADAPTER_WEIGHTS).write_bytes(b"other weights")
+    plan = planned(bank, tower="parameters", salt="parameters")
+    assert apply(plan, bank, first).given == 1
+    assert apply(plan, bank).given == 0
+    assert apply(plan, bank, second).given == 2
+    assert set(bank.adapters_of(bank.ids()).values()) == {adapter_fingerprint(second)}
+    assert apply(planned(bank, tower="memory", salt="text"), bank).encoded == 1
+    assert (kept(bank), bank.adapters_of(bank.ids())) == ({"tower"}, {})
+
+
+def test_after_a_kill_before_the_space_was_given_back_the_same_call_does_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, decoder = banked(tmp_path, lazy=False)
+    plan = planned(bank, tower="text", salt="text")
+    bank.drop([r.id for r in references()[:2]])
+    assert apply(plan, Bank(tmp_path, decoder)).freed_bytes == 2 * bank.record_bytes
 
 
 # ---- the commands ----

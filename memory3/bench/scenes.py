@@ -119,8 +119,8 @@ class UniqueRecall:
         """One recall per query, all from one read of the bank."""
         wanted = [list(islice(self.ids, self.count)) for _ in queries]
         ids = [id for some in wanted for id in some]
-        memories = dict(zip(ids, self.bank.read(ids), strict=True))
         found = self.bank.references(ids)
+        memories = dict(zip(ids, self.bank.read(ids), strict=True))
         size = self.bank.record_bytes
         return [
             Recalled(

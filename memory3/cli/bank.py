@@ -65,35 +65,36 @@ def tiers(
     ] = None,
     price_hour: Annotated[float | None, typer.Option(min=0.0, help="Price of an hour of the machine.")] = None,
     tflops: Annotated[float | None, typer.Option(min=0.0, help="What that machine computes, in 1e12 FLOPs a second.")] = None,
+    model: Model = None,
     as_json: Json = False,
 ) -> None:
     """Say what is kept as text, as memory and in parameters and what that saved; set the limits that decide it."""
     from dataclasses import replace
 
     from memory3.bank import Bank
+    from memory3.hierarchy.sizes import sizes_of_bank
     from memory3.spec import SpecError
-    from memory3.tiers import Settings, Tiers, rent_of, report
+    from memory3.tiers import Settings, limit, rent_of, report
 
     prices = (price_gb_month, price_hour, tflops)
     if any(p is not None for p in prices) and not all(p is not None for p in prices):
         raise SpecError("found a part of the prices, expected --price-gb-month, --price-hour and --tflops together")
     with Bank(bank) as opened:
-        there = now = Settings.load(opened.path)
+        wanted, fallen = Settings.load(opened.path), None
         if max_bytes is not None:
-            now = replace(now, max_bytes=max_bytes or None)
+            wanted = replace(wanted, max_bytes=max_bytes or None)
         if price_gb_month is not None and price_hour is not None and tflops is not None:
-            now = replace(now, rent=rent_of(opened.record_bytes, price_gb_month, price_hour, tflops))
-        fallen = 0
-        if now != there:
-            with opened.exclusive():
-                now.save(opened.path)
-                fallen = Tiers(opened).fit()
-        found = report(opened) | {"fallen": fallen}
+            shape = wanted.shape or sizes_of_bank(opened, model).shape
+            rent = rent_of(opened.record_bytes, price_gb_month, price_hour, tflops)
+            wanted = replace(wanted, shape=shape, rent=rent)
+        if max_bytes is not None or tflops is not None:
+            fallen = limit(opened, wanted)
+        found = report(opened) | {"fallen": fallen or 0}
     if as_json:
         print(json.dumps(found))
         return
     _print_tiers(found)
-    if now != there:
+    if fallen is not None:
         print(f"{fallen} memories fell back to text")
 
 

@@ -25,7 +25,6 @@ from memory3.cli.common import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from memory3.bank import Bank
     from memory3.cost import Format, Priced, Prices, Timed
     from memory3.hierarchy.planning import Plan, Text
     from memory3.hierarchy.sizes import Sizes
@@ -238,6 +237,7 @@ def plan(
     from memory3.evaluate.picture import check_picture
     from memory3.hierarchy.planning import plan as plan_bank
     from memory3.hierarchy.planning import texts_of, uses_in, uses_of
+    from memory3.hierarchy.sizes import sizes_of_bank
 
     if picture is not None:
         check_picture(picture)
@@ -245,7 +245,7 @@ def plan(
     prices = None if price_hour is None else _prices(price_hour, price_gb_month, horizon)
     options = {"references": references, "rank": rank, "train_length": train_length, "passes": passes}
     with Bank(bank) as opened:
-        sizes = _sizes_of_bank(opened, model)
+        sizes = sizes_of_bank(opened, model)
         if half_life is not None:
             opened.uses.set_half_life(half_life)
         texts = texts_of(opened)
@@ -264,24 +264,6 @@ def plan(
 
         draw_plan(made, f"{bank}: {len(texts):,} references", picture)
     print(json.dumps(_planned(made))) if as_json else _print_plan(made)
-
-
-def _sizes_of_bank(bank: Bank, model: str | None) -> Sizes:
-    """Of the model that wrote the bank, with the spec of the bank."""
-    from memory3.hierarchy.sizes import sizes_of
-    from memory3.spec import BankMismatch, MemorySpec, SpecError
-
-    identity = bank.manifest.identity
-    try:
-        sizes = sizes_of(model, MemorySpec.from_json(identity["spec"]))
-    except SpecError:
-        sizes = None
-    if sizes is None or sizes.shape.head_dim != identity["head_dim"]:
-        raise BankMismatch(
-            f"{bank.address} was written by {identity['model']}, its memories do not fit {model or 'the model that ships'}: "
-            "give the model that wrote it with --model"
-        )
-    return sizes
 
 
 def _forms(sizes: Sizes, text: Text, record_bytes: int, written: bool, options: dict[str, Any]) -> list[Format]:
@@ -358,6 +340,7 @@ def simulate(
     from memory3.hierarchy.policies import Adaptive
     from memory3.hierarchy.simulation import document, headed, settings
     from memory3.hierarchy.simulation import simulate as play
+    from memory3.hierarchy.sizes import sizes_of_bank
     from memory3.hierarchy.trace import read_trace, zipf
     from memory3.tiers import costs_of, rent_of
 
@@ -370,7 +353,7 @@ def simulate(
         record_bytes, count = sizes.record_bytes(sizes.codec(codec or "raw", codebook)), None
     else:
         with Bank(bank) as opened:
-            sizes, record_bytes, count = _sizes_of_bank(opened, model), opened.record_bytes, len(opened)
+            sizes, record_bytes, count = sizes_of_bank(opened, model), opened.record_bytes, len(opened)
     if measured:
         found: Sequence[Format | Timed] = _measured(sizes, model, codec, codebook, batch, 1, None, None)
     else:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,10 @@ class Tables:
     def nearest(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """By the vectors."""
         return self.catalogue.nearest(self.embedder.embed(queries, query=True), k)
+
+    def unwritten(self, ids: Iterable[str]) -> list[str]:
+        """None: what a bank would have is encoded when it is read."""
+        return []
 
     def read(self, ids: Sequence[str]) -> list[Memory]:
         """Memories; a bank has them, so the time of encoding does not count as searching."""

@@ -89,7 +89,8 @@ def apply(
     adapter: Path | None = None,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> Applied:
-    """Bring a bank to a plan; references that the plan does not name stay, and what went since is passed over.
+    """Bring a bank to a plan; references that the plan does not name stay, what went since is passed over, and what saw its
+    surroundings stays memory. What is planned for parameters and inside those of another adapter stays there, unless this one has it too.
 
     Each batch of texts is committed by itself; after a kill the same call goes on.
 
@@ -101,26 +102,32 @@ def apply(
 
     Raises:
         BankError: the planned memories do not fit under the limit of the bank (nothing was changed), or another process writes.
-        BankMismatch: an adapter of another bank, or one that this bank cannot be read with.
+        BankMismatch: an adapter of another bank, or one that this bank cannot be read with, or a model in another dtype than the bank.
         SourceError: a folder without an adapter of `consolidate`.
     """
     with bank.exclusive():
-        table = bank.tiers()
-        there = {id: shard >= 0 for id, shard in zip(table["id"].to_pylist(), table["shard"].to_pylist(), strict=True)}
-        known = {id for id, name in zip(table["id"].to_pylist(), table["adapter"].to_pylist(), strict=True) if name is not None}
-        learned = () if adapter is None else Learned.load(adapter, bank).ids
-        tiers = {row.id: row.tier for row in plan.references if row.id in there and row.id not in known}
-        trained = [id for id, tier in tiers.items() if tier in TRAINED_TIERS]
-        given = sorted(set(trained) & set(learned))
-        waiting = sorted(set(trained) - set(given))
-        memories = [id for id, tier in tiers.items() if tier == "memory"] + waiting
-        texts = [id for id, tier in tiers.items() if tier == "text" and there[id]]
-        wanted = [id for id in memories if not there[id]]
-        _refuse_beyond_limit(bank, len(wanted) - len(texts) - sum(there[id] for id in given))
+        bank.refuse_other_dtype()
+        learned = set() if adapter is None else set(Learned.load(adapter, bank).ids)
+        name = None if adapter is None else adapter_fingerprint(adapter)
+        there, inside = set(bank.places()), bank.adapters_of(bank.ids())
+        bound = set(bank.in_context())  # what saw its surroundings is a memory, whatever is planned
+        tiers = {row.id: row.tier for row in plan.references if row.id not in bound}
+        present = set(bank.ids())
+        trained = {id for id, tier in tiers.items() if tier in TRAINED_TIERS and id in present}
+        given = sorted(id for id in trained & learned if inside.get(id) != name)
+        waiting = sorted(trained - learned - set(inside))
+        back = sorted(id for id in inside if tiers.get(id) in ("text", "memory"))
+        memories = [id for id, tier in tiers.items() if tier == "memory" and id in present] + waiting
+        texts = [id for id, tier in tiers.items() if tier == "text" and id in there]
+        wanted = [id for id in memories if id not in there]
+        freed = bank.compact()  # also what a run that was killed has left
+        _refuse_beyond_limit(bank, len(wanted) - len(texts) - len(there & set(given)))
+        if back:
+            bank.give(back, None)
         dropped = bank.drop(texts)
-        if adapter is not None and given:
-            bank.give(given, adapter_fingerprint(adapter))
-        freed = bank.compact() if texts or given else 0
+        if given:
+            bank.give(given, name)
+        freed += bank.compact() if texts or given else 0
         _encode(bank, wanted, on_progress)
         bank.refresh(keep_versions=Settings.load(bank.path).max_bytes is None)
     return Applied(len(wanted), dropped, len(given), len(waiting), freed)
@@ -139,5 +146,7 @@ def _encode(bank: Bank, ids: Sequence[str], on_progress: Callable[[int, int | No
     for start in range(0, len(ids), AT_ONCE):
         some = ids[start : start + AT_ONCE]
         loaded = zip(some, bank.load(some), strict=True)
-        bank.keep({id: one.record for id, one in loaded if one.record is not None})
+        made = {id: one.record for id, one in loaded if one.record is not None}
+        bank.uses.note_encoded(made)
+        bank.keep(made)
         on_progress(start + len(some), len(ids))

@@ -15,8 +15,9 @@ from memory3.cost import Shape
 from memory3.family import trained_spec
 from memory3.loading import ModelError, base_of
 from memory3.product import ProductCodec
+from memory3.reader import BankReader
 from memory3.record import Codec
-from memory3.spec import MemorySpec
+from memory3.spec import BankMismatch, MemorySpec, SpecError
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,21 @@ def _dtype(config: Any) -> torch.dtype:
     """Of the files; bfloat16 where the config does not say."""
     named = getattr(config.get_text_config(), "dtype", None)
     return named if isinstance(named, torch.dtype) else torch.bfloat16
+
+
+def sizes_of_bank(bank: BankReader, model: str | None) -> Sizes:
+    """Of the model that wrote a bank, with the spec of the bank; `BankMismatch` where its memories are of another shape."""
+    identity = bank.manifest.identity
+    try:
+        sizes = sizes_of(model, MemorySpec.from_json(identity["spec"]))
+    except SpecError:
+        sizes = None
+    if sizes is None or sizes.shape.head_dim != identity["head_dim"]:
+        raise BankMismatch(
+            f"{bank.address} was written by {identity['model']}, its memories do not fit {model or 'the model that ships'}: "
+            "give the model that wrote it with --model"
+        )
+    return sizes
 
 
 def changed(sizes: Sizes, **fields: int | None) -> Sizes:
