@@ -86,7 +86,7 @@ def mapped(name: str, tensor: np.ndarray[Any, Any], config: dict[str, Any]) -> t
 def widened(tensor: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Float32 values; whole numbers of 16 bits are bfloat16, the upper half of a float32."""
     if tensor.dtype == np.uint16:
-        return (tensor.astype(np.uint32) << 16).view(np.float32)
+        return np.left_shift(tensor.astype(np.uint32), 16).view(np.float32)
     return tensor.astype(np.float32)
 
 

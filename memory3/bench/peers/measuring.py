@@ -92,10 +92,10 @@ class Scene:
 
 def reference_text(decoder: Decoder, rng: np.random.Generator) -> str:
     """A random text of as many tokens as a reference may have, or a few fewer where tokens grow together."""
-    text = random_text(decoder, rng)
-    while len(found := decoder.tokens(text)) > decoder.spec.reference_length:
-        end = decoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        text = text[: end[min(decoder.spec.reference_length, len(found) - 1) - 1][1]]
+    text, most = random_text(decoder, rng), decoder.spec.reference_length
+    while len(decoder.tokens(text)) > most:
+        ends = decoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        text = text[: min(ends[most - 1][1], len(text) - 1)]  # several tokens of one character end at the same place
     return text
 
 
@@ -251,7 +251,10 @@ class Comparison:
 
 def alike(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> dict[str, float]:
     """`answers`: share of those that are the same; `tokens`: share of the tokens that come before an answer's first difference."""
-    same = [next((n for n, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x)) for x, y in zip(some, others, strict=True)]
+    same = [
+        next((n for n, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
+        for x, y in zip(some, others, strict=True)
+    ]
     lengths = [len(one) for one in others]
     return {"tokens": sum(same) / sum(lengths), "answers": mean(a == b for a, b in zip(same, lengths, strict=True))}
 
@@ -338,3 +341,77 @@ def figures(taken: Taken, sizes: Sizes, references: int) -> dict[str, Any]:
         "answer_s": first + others / sizes.prompts,
         "reference_bytes": None if taken.nbytes is None else taken.nbytes // references,
     }
+
+
+def ratios(ways: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Rates of decoding beside the plain model's, and times to the first token and of a whole answer beside memory's."""
+    found = {f"rate_{_key(name)}_over_none": way["tokens_per_s"] / ways["none"]["tokens_per_s"] for name, way in ways.items()}
+    for what in ("first_token", "answer"):
+        own = ways["memory"][f"{what}_s"]
+        found |= {f"{what}_{_key(name)}_over_memory": way[f"{what}_s"] / own for name, way in ways.items()}
+    return {name: value for name, value in found.items() if name not in SAME}
+
+
+SAME = ("rate_none_over_none", "first_token_memory_over_memory", "answer_memory_over_memory")
+"""Ratios of a way to itself."""
+
+
+def _key(way: str) -> str:
+    return way.replace("-", "_").replace(".", "_")
+
+
+def report_of(decoder: Decoder, run: Comparison, agreement: Sequence[Mapping[str, Any]]) -> Report:
+    """The finished comparison; peers that cannot run have a row with the reason."""
+    ways = {name: figures(taken, run.sizes, len(run.scene.texts)) for name, taken in run.taken.items()}
+    found = ratios(ways)
+    settings = {
+        "model": decoder.name,
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        **asdict(run.sizes),
+        "references": len(run.scene.texts),
+        "prefix": len(run.scene.prefix),
+        "kept": run.scene.kept,
+    }
+    columns = ["way", "tokens/s, median [least, most]", "rate beside no references", "s to the first token", "beside memory"]
+    columns += ["s to encode the references", "bytes of a reference"]
+    rows = [_cells(name, run, ways[name], found) for name in ways]
+    rows += [[peer, f"cannot run here: {reason}", *["-"] * 5] for peer, reason in run.missing.items()]
+    return Report(
+        "peers",
+        Machine.of(decoder.device),
+        settings,
+        columns,
+        rows,
+        found,
+        {
+            "ways": [
+                {"way": name, "peer": WAYS[name].peer, "version": run.versions.get(WAYS[name].peer), **way}
+                for name, way in ways.items()
+            ],
+            "missing": [{"peer": peer, "reason": reason} for peer, reason in run.missing.items()],
+            "agreement": list(agreement),
+        },
+        "s of an answer, its first token and the others",
+        [Bar(WAYS[name].title, way["answer_s"], *_spread(run.taken[name], run.sizes)) for name, way in ways.items()],
+    )
+
+
+def _cells(name: str, run: Comparison, way: Mapping[str, Any], found: Mapping[str, float]) -> list[str]:
+    made, turns = run.sizes.prompts * (run.sizes.output - 1), run.taken[name].others_s[1:]
+    beside = found.get(f"rate_{_key(name)}_over_none", 1.0), found.get(f"first_token_{_key(name)}_over_memory", 1.0)
+    return [
+        WAYS[name].title,
+        f"{way['tokens_per_s']:,.0f} [{made / max(turns):,.0f}, {made / min(turns):,.0f}]",
+        f"{beside[0]:.3f}",
+        f"{way['first_token_s']:.3g}",
+        f"{beside[1]:.3g}",
+        f"{way['encode_s']:.3g}" if way["reference_bytes"] is not None else "-",
+        f"{way['reference_bytes']:,}" if way["reference_bytes"] is not None else "-",
+    ]
+
+
+def _spread(taken: Taken, sizes: Sizes) -> tuple[float, float]:
+    """The least and the most seconds of an answer, by turns; never past the medians' sum."""
+    seconds = [first + others / sizes.prompts for first, others in zip(taken.first_s[1:], taken.others_s[1:], strict=True)]
+    middle = median(taken.first_s[1:]) + median(taken.others_s[1:]) / sizes.prompts
+    return min(*seconds, middle), max(*seconds, middle)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -32,7 +33,7 @@ class Process:
     """
 
     def __init__(self, name: str, python: Path, setup: Mapping[str, Any]) -> None:
-        self.name, self._errors = name, TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.name, self._errors = name, TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - until close
         try:
             self._process = subprocess.Popen(
                 [str(python), str(WORKER), name],
@@ -70,10 +71,8 @@ class Process:
     def close(self) -> None:
         """Nothing more is asked; the worker ends by itself."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()
@@ -86,7 +85,9 @@ class Process:
 
 def export_gguf(python: Path, folder: Path, file: Path) -> None:
     """Write the model of a folder as GGUF by the `gguf` package of that interpreter; `PeerError` where it cannot be."""
-    done = subprocess.run([str(python), str(EXPORT), str(folder), str(file)], capture_output=True, text=True, env=_environment())
+    done = subprocess.run(
+        [str(python), str(EXPORT), str(folder), str(file)], capture_output=True, text=True, env=_environment()
+    )
     if done.returncode:
         raise PeerError(f"its GGUF file cannot be written: {last_line(done.stderr).removeprefix('ValueError: ')}")
 

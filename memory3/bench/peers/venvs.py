@@ -48,7 +48,9 @@ def python_of(name: str, venvs: Mapping[str, Path], home: Path = HOME) -> Path:
         raise PeerError(f"found no {python}, expected a venv there: give another by --venv {name}=FOLDER")
     if name == "transformers":
         return Path(sys.executable)
-    raise PeerError(f"not installed: found no {python}; make it with `memory3 bench peers --install`, or give --venv {name}=FOLDER")
+    raise PeerError(
+        f"not installed: found no {python}; make it with `memory3 bench peers --install`, or give --venv {name}=FOLDER"
+    )
 
 
 def _python(folder: Path) -> Path:

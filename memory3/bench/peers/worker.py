@@ -86,7 +86,7 @@ class KvPress:
         with torch.no_grad(), press(self.model) if press else nullcontext():
             self.model.model(input_ids=torch.tensor([prefix], device=self.model.device), past_key_values=self.cache)
         tensors = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(int(tensor.nbytes) for tensor in tensors)
 
     def answer(self, prompt: list[int], output: int) -> Answer:
         """Positions go on behind the whole prefix; what the answer added to the cache is taken away again."""
