@@ -30,6 +30,7 @@ from memory3.bench.scenes import random_text, words
 from memory3.bench.turns import in_turns
 from memory3.decoder import Decoder
 from memory3.generation import Prompt, stream
+from memory3.quiet import without_bars
 from memory3.recall import Recall
 from memory3.spec import Reference, SpecError
 from memory3.writing import write
@@ -299,7 +300,8 @@ def compared(
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="memory3-peers-")))
         bank = stack.enter_context(Bank(folder / "bank", decoder, create=True))
         write(decoder, [Reference(text) for text in scene.texts], bank)
-        decoder.model.save_pretrained(folder / "model", max_shard_size="1000GB")
+        with without_bars():
+            decoder.model.save_pretrained(folder / "model", max_shard_size="1000GB")
         own = {"none": Own(decoder, scene), "memory": Own(decoder, scene, bank)}
         run = Comparison(scene, sizes, {**own}, {}, {})
         for peer in REQUIRED:

@@ -21,6 +21,9 @@ from typing import Any
 Answer = tuple[list[int], float, float]
 """Token ids, seconds to the first of them, seconds of the others."""
 
+GGML_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
+"""Dtypes of key-values by the numbers of ggml: those of the model, where llama.cpp's own default is float16."""
+
 
 class Transformers:
     """The references as text in the prompt, and plain `generate`: nothing is kept between two prompts."""
@@ -62,13 +65,11 @@ class KvPress:
     """The prefix is encoded once and pressed to `kept` key-values of each head; the loop is that of kvpress's own pipeline."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        from importlib.metadata import version
-
         import kvpress
 
         self.presses = kvpress
         self.model, under = _loaded(setup)
-        self.version = f"kvpress {version('kvpress')}, {under}"
+        self.version = f"kvpress {kvpress.__version__}, {under}"
         self.encode([], {})
 
     def encode(self, prefix: list[int], options: dict[str, Any]) -> int | None:
@@ -121,10 +122,20 @@ class LlamaCpp:
         import llama_cpp
 
         self.library, self.version = llama_cpp, f"llama-cpp-python {llama_cpp.__version__}"
-        kind = {"float32": llama_cpp.GGML_TYPE_F32, "bfloat16": llama_cpp.GGML_TYPE_BF16}.get(setup["dtype"])
+        if setup["device"] != "cpu" and not llama_cpp.llama_supports_gpu_offload():
+            raise ValueError(
+                f"found a build for the CPU alone, expected one for {setup['device']}: build it so, or give --device cpu"
+            )
+        kind = GGML_TYPES[setup["dtype"]]
         threads = {"n_threads": setup["threads"], "n_threads_batch": setup["threads"]}
         self.model = llama_cpp.Llama(
-            setup["gguf"], n_ctx=setup["length"], n_gpu_layers=0, type_k=kind, type_v=kind, verbose=False, **threads
+            setup["gguf"],
+            n_ctx=setup["length"],
+            n_gpu_layers=0 if setup["device"] == "cpu" else -1,
+            type_k=kind,
+            type_v=kind,
+            verbose=False,
+            **threads,
         )
         self.prefix: list[int] = []
 
