@@ -257,7 +257,7 @@ def alike(some: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> dic
         for x, y in zip(some, others, strict=True)
     ]
     lengths = [len(one) for one in others]
-    return {"tokens": sum(same) / sum(lengths), "answers": mean(a == b for a, b in zip(same, lengths, strict=True))}
+    return {"tokens": sum(same) / sum(lengths), "answers": mean(float(a == b) for a, b in zip(same, lengths, strict=True))}
 
 
 def bench_peers(

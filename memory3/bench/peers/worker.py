@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
@@ -69,7 +70,7 @@ class KvPress:
 
         self.presses = kvpress
         self.model, under = _loaded(setup)
-        self.version = f"kvpress {kvpress.__version__}, {under}"
+        self.version = f"kvpress {version('kvpress')}, {under}"
         self.encode([], {})
 
     def encode(self, prefix: list[int], options: dict[str, Any]) -> int | None:
