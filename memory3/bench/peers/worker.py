@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from importlib.metadata import version
+from inspect import signature
 from time import perf_counter
 from typing import Any
 
@@ -71,6 +72,7 @@ class KvPress:
         self.presses = kvpress
         self.model, under = _loaded(setup)
         self.version = f"kvpress {version('kvpress')}, {under}"
+        self.keyword = "cache" if "cache" in signature(self.model.forward).parameters else "past_key_values"
         self.encode([], {})
 
     def encode(self, prefix: list[int], options: dict[str, Any]) -> int | None:
@@ -86,7 +88,7 @@ class KvPress:
         dropped = 1 - (options["kept"] + 0.5) / len(prefix) if options["press"] else 0.0  # kvpress rounds what it keeps down
         press = getattr(self.presses, options["press"])(dropped) if options["press"] else None
         with torch.no_grad(), press(self.model) if press else nullcontext():
-            self.model.model(input_ids=torch.tensor([prefix], device=self.model.device), past_key_values=self.cache)
+            self.model.model(torch.tensor([prefix], device=self.model.device), **{self.keyword: self.cache})
         tensors = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
         return sum(int(tensor.nbytes) for tensor in tensors)
 
@@ -112,7 +114,7 @@ class KvPress:
 
         positions = torch.arange(position, position + len(ids), device=self.model.device)[None]
         given = torch.tensor([ids], device=self.model.device)
-        out = self.model(input_ids=given, past_key_values=self.cache, position_ids=positions, logits_to_keep=1)
+        out = self.model(given, **{self.keyword: self.cache}, position_ids=positions, logits_to_keep=1)
         return int(out.logits[0, -1].argmax())
 
 
@@ -171,6 +173,7 @@ def _loaded(setup: dict[str, Any]) -> tuple[Any, str]:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(setup["threads"])
     kind = getattr(torch, setup["dtype"])
     model = transformers.AutoModelForCausalLM.from_pretrained(setup["model"], dtype=kind, use_safetensors=True)
