@@ -33,7 +33,7 @@ INNER = {
     "mlp.down_proj": "ffn_down",
 }
 """Modules of a layer by their names in transformers and in GGUF."""
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """Of safetensors; numpy has no bfloat16, so its bits are carried as they are."""
 
 
@@ -86,8 +86,8 @@ def mapped(name: str, tensor: np.ndarray[Any, Any], config: dict[str, Any]) -> t
 def widened(tensor: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Float32 values; whole numbers of 16 bits are bfloat16, the upper half of a float32."""
     if tensor.dtype == np.uint16:
-        return np.left_shift(tensor.astype(np.uint32), 16).view(np.float32)
-    return tensor.astype(np.float32)
+        tensor = np.left_shift(tensor.astype(np.uint32), 16).view(np.float32)
+    return tensor.astype(np.float32, copy=False)
 
 
 def tensors(file: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
