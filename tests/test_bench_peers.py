@@ -101,10 +101,19 @@ def test_figures_and_ratios_are_those_of_what_the_peer_said(decoder: Decoder, tm
     fake(tmp_path / "llama.cpp")
     report = bench_peers(decoder, SIZES, home=tmp_path)
     none, memory, _, llama = report.figures["ways"]
-    said = {"encode_s": 0.5, "first_token_s": 0.25, "tokens_per_s": 6.0, "answer_s": 0.75, "reference_bytes": 32}
+    said = {
+        "encode_s": 0.5,
+        "first_token_s": 0.25,
+        "changed_s": 0.75,
+        "tokens_per_s": 6.0,
+        "answer_s": 0.75,
+        "reference_bytes": 32,
+    }
     assert llama == {"way": "llama.cpp", "peer": "llama.cpp", "version": "1.0", **said}
     assert report.ratios["rate_llama_cpp_over_none"] == pytest.approx(6 / none["tokens_per_s"])
     assert report.ratios["first_token_llama_cpp_over_memory"] == pytest.approx(0.25 / memory["first_token_s"])
+    assert memory["changed_s"] == memory["first_token_s"]  # its bank has the references
+    assert report.ratios["changed_llama_cpp_over_memory"] == pytest.approx(0.75 / memory["first_token_s"])
     assert report.ratios["answer_llama_cpp_over_memory"] == pytest.approx(0.75 / memory["answer_s"])
     assert not any(name.startswith(("rate_none", "first_token_memory")) for name in report.ratios)
     wrong = [row for row in report.figures["agreement"] if row["way"] == "llama.cpp"]

@@ -2,8 +2,9 @@
 
 A turn of a way is: encode the references once, then answer every prompt behind them, one after the other. What is timed apart is the
 encoding, the time to an answer's first token, and the rate of the tokens behind it. Each peer runs in a process of its own interpreter (`process`);
-memory and the plain model answer the same questions here (`Own`). References are as long as the spec lets them be; memory reads them from a bank through
-`generation`, with the cache in RAM that recall has for its users.
+memory and the plain model answer the same questions here (`Own`). References are as long as the spec lets them be; memory reads them from the
+files of a bank at every recall, through `generation`, with none held in RAM. So where the next prompt wants other references, memory's time stays as it is, and
+peers that encode ahead encode again (`changed_s`).
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class Own:
 
     def __init__(self, decoder: Decoder, scene: Scene, bank: Bank | None = None) -> None:
         self.decoder, self.scene, self.bank = decoder, scene, bank
-        self.recall = None if bank is None else Recall(bank, references=list(map(Reference, scene.texts)), counted=False)
+        self.recall = (
+            None if bank is None else Recall(bank, references=list(map(Reference, scene.texts)), cache_bytes=0, counted=False)
+        )
 
     def ask(self, what: Mapping[str, Any]) -> dict[str, Any]:
         """As `worker.py` answers; encoding is the model's pass over the references, storing them is not in it."""
@@ -333,12 +336,13 @@ def _started(decoder: Decoder, peer: str, python: Path, folder: Path, scene: Sce
     return Process(peer, python, setup)
 
 
-def figures(taken: Taken, sizes: Sizes, references: int) -> dict[str, Any]:
-    """Medians of the turns that count."""
-    first, others = median(taken.first_s[1:]), median(taken.others_s[1:])
+def figures(taken: Taken, sizes: Sizes, references: int, stored: bool) -> dict[str, Any]:
+    """Medians of the turns that count; `stored` references need no encoding where a prompt wants others than the one before."""
+    encode, first, others = (median(seconds[1:]) for seconds in (taken.encode_s, taken.first_s, taken.others_s))
     return {
-        "encode_s": median(taken.encode_s[1:]),
+        "encode_s": encode,
         "first_token_s": first,
+        "changed_s": first if stored else encode + first,
         "tokens_per_s": sizes.prompts * (sizes.output - 1) / others,
         "answer_s": first + others / sizes.prompts,
         "reference_bytes": None if taken.nbytes is None else taken.nbytes // references,
@@ -348,13 +352,13 @@ def figures(taken: Taken, sizes: Sizes, references: int) -> dict[str, Any]:
 def ratios(ways: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Rates of decoding beside the plain model's, and times to the first token and of a whole answer beside memory's."""
     found = {f"rate_{_key(name)}_over_none": way["tokens_per_s"] / ways["none"]["tokens_per_s"] for name, way in ways.items()}
-    for what in ("first_token", "answer"):
+    for what in ("first_token", "changed", "answer"):
         own = ways["memory"][f"{what}_s"]
         found |= {f"{what}_{_key(name)}_over_memory": way[f"{what}_s"] / own for name, way in ways.items()}
     return {name: value for name, value in found.items() if name not in SAME}
 
 
-SAME = ("rate_none_over_none", "first_token_memory_over_memory", "answer_memory_over_memory")
+SAME = ("rate_none_over_none", "first_token_memory_over_memory", "changed_memory_over_memory", "answer_memory_over_memory")
 """Ratios of a way to itself."""
 
 
@@ -364,7 +368,7 @@ def _key(way: str) -> str:
 
 def report_of(decoder: Decoder, run: Comparison, agreement: Sequence[Mapping[str, Any]]) -> Report:
     """The finished comparison; peers that cannot run have a row with the reason."""
-    ways = {name: figures(taken, run.sizes, len(run.scene.texts)) for name, taken in run.taken.items()}
+    ways = {name: figures(taken, run.sizes, len(run.scene.texts), name == "memory") for name, taken in run.taken.items()}
     found = ratios(ways)
     settings = {
         "model": decoder.name,
@@ -375,9 +379,9 @@ def report_of(decoder: Decoder, run: Comparison, agreement: Sequence[Mapping[str
         "kept": run.scene.kept,
     }
     columns = ["way", "tokens/s, median [least, most]", "rate beside no references", "s to the first token", "beside memory"]
-    columns += ["s to encode the references", "bytes of a reference"]
+    columns += ["s to encode the references", "first token of other references, beside memory", "bytes of a reference"]
     rows = [_cells(name, run, ways[name], found) for name in ways]
-    rows += [[peer, f"cannot run here: {reason}", *["-"] * 5] for peer, reason in run.missing.items()]
+    rows += [[peer, f"cannot run here: {reason}", *["-"] * 6] for peer, reason in run.missing.items()]
     return Report(
         "peers",
         Machine.of(decoder.device),
@@ -408,6 +412,7 @@ def _cells(name: str, run: Comparison, way: Mapping[str, Any], found: Mapping[st
         f"{way['first_token_s']:.3g}",
         f"{beside[1]:.3g}",
         f"{way['encode_s']:.3g}" if way["reference_bytes"] is not None else "-",
+        f"{found.get(f'changed_{_key(name)}_over_memory', 1.0):.3g}",
         f"{way['reference_bytes']:,}" if way["reference_bytes"] is not None else "-",
     ]
 
