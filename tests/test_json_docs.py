@@ -55,14 +55,16 @@ COMMANDS = (
     "probe facts",
     "probe heads",
     "probe answer",
+    "bench peers",
 )
 TABLES: dict[str, dict[str, str]] = {
     heading: dict(re.findall(r"^\| `([^`]+)` \| ([a-z ]+) \|", section, re.M))
-    for heading, section in re.findall(r"^## `([a-z ]+) --json`\n(.*?)(?=^## |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
+    for heading, section in re.findall(r"^## `([a-z ]+?)(?: --json)?`\n(.*?)(?=^## |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
 }
 NAMED_BY_CONTENT = {
     "memory.attention_mass": "LAYER",
     "arms[].metrics": "METRIC",
+    "ratios": "RATIO",
     "facts[].given": "PREFIX",
     "facts[].said": "PREFIX",
     "facts[].agree": "PREFIX",
@@ -228,6 +230,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         run("probe facts", str(folder / "facts.jsonl"), "--without", "1", "--given", "0", *common)
         run("probe heads", "--length", "4", "--texts", "1", *common)
         run("probe answer", QUESTION, *asking)
+        few = ("--prompts", "1", "--prompt", "4", "--output", "3", "--repeats", "1")
+        run("bench peers", "--model", str(model), "--venvs", str(folder / "venvs"), *few)
     with attach(tiny_model("llama"), tiny_tokenizer(), MemorySpec(tokens_per_head=None)) as decoder:
         opened = Bank(dense, decoder, create=True)
         write(decoder, [Reference(fact) for fact in FACTS], opened)

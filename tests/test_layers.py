@@ -11,7 +11,7 @@ import memory3
 
 PACKAGE = Path(memory3.__file__).parent
 ROWS = [
-    ["spec", "quiet", "fused", "bench.turns"],
+    ["spec", "quiet", "fused", "bench.turns", "bench.peers.worker", "bench.peers.gguf_export"],
     [
         "attention",
         "cache",
@@ -21,6 +21,7 @@ ROWS = [
         "identity",
         "selection",
         "bench.machine",
+        "bench.peers.venvs",
         "documents",
         "shards",
         "embedding",
@@ -30,7 +31,7 @@ ROWS = [
         "record",
         "packing",
     ],
-    ["vectorwise", "codebook"],
+    ["vectorwise", "codebook", "bench.peers.process"],
     ["integers", "rotated", "product"],
     ["codec"],
     ["family", "states", "manifest", "splitting"],
@@ -101,6 +102,7 @@ ROWS = [
         "bench.encoding",
         "bench.recalls",
         "bench.codecs",
+        "bench.peers.measuring",
         "evaluate.demo",
         "evaluate.qa",
         "evaluate.beginning",

@@ -156,3 +156,36 @@ def codec(
     report.show()
     if out is not None:
         draw_codecs(report.figures["codecs"], out)
+
+
+@bench_app.command()
+def peers(
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a turn, one answered after the other.")] = 8,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, without its <s>.")] = 63,
+    output: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 64,
+    repeats: Repeats = 5,
+    install: Annotated[
+        bool, typer.Option("--install", help="Make the peers' venvs in --venvs first, by pip; llama.cpp is built from source.")
+    ] = False,
+    venvs: Annotated[Path, typer.Option(help="Folder of the venvs that --install makes, one for each peer.")] = Path(
+        "build/peers"
+    ),
+    venv: Annotated[
+        list[str] | None, typer.Option(help="Venv of one peer, as NAME=FOLDER; may be given several times.")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    out: Picture = None,
+) -> None:
+    """Peers: what else reads references on this machine (transformers with text, llama.cpp, kvpress), beside memory."""
+    from memory3.bench.peers.measuring import Sizes, bench_peers
+    from memory3.bench.peers.venvs import given
+    from memory3.cli.evaluate import check_picture_file
+
+    check_picture_file(out)
+    sizes, folders = Sizes(prompts, prompt, output, repeats, seed), given(venv or ())
+    with benched(model, None, None, device, dtype) as decoder, progress("measuring") as tell:
+        report = bench_peers(decoder, sizes, folders, venvs, make=install, tell=tell)
+    report.show(out)
