@@ -111,8 +111,6 @@ def export(folder: Path, file: Path) -> None:
     writer = gguf.GGUFWriter(file, "llama")
     describe(writer, config)
     for name, tensor in tensors(folder / "model.safetensors"):
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
-            continue
         name, tensor = mapped(name, tensor, config)
         if tensor.dtype == np.uint16:
             writer.add_tensor(name, np.ascontiguousarray(tensor).view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
