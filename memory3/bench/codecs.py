@@ -216,7 +216,7 @@ def bench_codec(
 
     Raises:
         BankError: a codec that is not there, or a codebook of another model.
-        SourceError: no questions.
+        SpecError: no questions.
     """
     sizes = sizes or Sizes()
     chosen = chosen_codecs(decoder, codecs, codebooks)

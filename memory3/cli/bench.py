@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memory3.cli.common import Device, Dtype, Model, Seed, TokensPerHead, decoder_of, progress
+from memory3.cli.common import Device, Dtype, Model, Seed, TokensPerHead, check_picture_file, decoder_of, progress
 
 if TYPE_CHECKING:
     from memory3.decoder import Decoder
@@ -66,7 +66,6 @@ def decode(
 ) -> None:
     """Decoding: without memory, with sparse and dense memory, and with text, by the protocol of the paper's Table 21."""
     from memory3.bench.decoding import WAYS, Protocol, bench_decode
-    from memory3.cli.evaluate import check_picture_file
 
     check_picture_file(out)
     protocol = Protocol(batch, prompt, output, repeats, codec, seed)
@@ -91,7 +90,6 @@ def write(
 ) -> None:
     """Writing: references a second, and the share of the matrix-multiply peak that was measured in the same run."""
     from memory3.bench.encoding import Load, bench_write
-    from memory3.cli.evaluate import check_picture_file
 
     check_picture_file(out)
     with benched(model, preset, layers, device, dtype) as decoder, progress("measuring") as tell:
@@ -119,7 +117,6 @@ def recall(
     from dataclasses import replace
 
     from memory3.bench.recalls import Plan, bench_recall
-    from memory3.cli.evaluate import check_picture_file
 
     check_picture_file(out)
     plan = Plan(tuple(references or Plan.references), tuple(codec or Plan.codecs), batch, repeats, cold, seed)
@@ -147,7 +144,6 @@ def codec(
 ) -> None:
     """Codecs: bytes of a reference, speed, error of the attention output, and exact match, on dev questions."""
     from memory3.bench.codecs import CODECS, Sizes, bench_codec, draw_codecs
-    from memory3.cli.evaluate import check_picture_file
 
     check_picture_file(out)
     sizes = Sizes(limit, repeats=repeats, seed=seed)
@@ -182,7 +178,6 @@ def peers(
     """Peers: what else reads references on this machine (transformers with text, llama.cpp, kvpress), beside memory."""
     from memory3.bench.peers.measuring import Sizes, bench_peers
     from memory3.bench.peers.venvs import given
-    from memory3.cli.evaluate import check_picture_file
 
     check_picture_file(out)
     sizes, folders = Sizes(prompts, prompt, output, repeats, seed), given(venv or ())

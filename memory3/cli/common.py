@@ -168,3 +168,27 @@ def training(as_json: bool) -> Iterator[tuple[Any, Any]]:
             print("  ".join(f"{k} {v:.4g}" for k, v in line.items()), flush=True, file=sys.stderr if as_json else sys.stdout)
 
         yield tell, report
+
+
+def check_files(*files: Path | None) -> None:
+    """Make the folders of files that a measurement ends with; refuse one that cannot be written before it begins."""
+    import os
+
+    from memory3.spec import SourceError
+
+    for file in filter(None, files):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SourceError(f"{file.parent} cannot be made ({error.strerror}): give another file") from None
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise SourceError(f"{file} cannot be written: give another file")
+
+
+def check_picture_file(out: Path | None) -> None:
+    """The same of a picture, which needs matplotlib and a suffix that it knows."""
+    if out is not None:
+        from memory3.evaluate.picture import check_picture
+
+        check_picture(out)
+        check_files(out)

@@ -18,6 +18,8 @@ from memory3.cli.common import (
     Model,
     RetrieverName,
     Seed,
+    check_files,
+    check_picture_file,
     decoder_of,
     progress,
     recall_of,
@@ -37,30 +39,6 @@ Overlap = Annotated[
     bool, typer.Option("--overlap-filter/--no-overlap-filter", help="Drop references that repeat the text that is asked.")
 ]
 WORK = Path("runs/retrieval")
-
-
-def _check_files(*files: Path | None) -> None:
-    """Make the folders of files that a measurement ends with; refuse one that cannot be written before it begins."""
-    import os
-
-    from memory3.spec import SourceError
-
-    for file in filter(None, files):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SourceError(f"{file.parent} cannot be made ({error.strerror}): give another file") from None
-        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise SourceError(f"{file} cannot be written: give another file")
-
-
-def check_picture_file(out: Path | None) -> None:
-    """The same of a picture, which needs matplotlib and a suffix that it knows."""
-    if out is not None:
-        from memory3.evaluate.picture import check_picture
-
-        check_picture(out)
-        _check_files(out)
 
 
 def _reading(what: str, doc: str) -> Callable[..., None]:
@@ -107,7 +85,7 @@ def heads(
     """Which heads find references by their own attention."""
     from memory3.evaluate.heads import measure_heads
 
-    _check_files(out)
+    check_files(out)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
         measure_heads(decoder, data, limit, out, seed, tell)
 
@@ -338,7 +316,7 @@ def masking(
     """Choose memory heads by what hiding distant tokens from each costs (Remark 4)."""
     from memory3.evaluate.masking import measure_masking, question_samples
 
-    _check_files(out)
+    check_files(out)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
         samples = question_samples(decoder, data, limit, seed, window)
         measure_masking(decoder, samples, int(keep) if keep.is_integer() else keep, out, window, tell)
@@ -361,7 +339,7 @@ def utility(
     """Rank the references of a bank by what they are worth to questions or a text (Remark 7)."""
     from memory3.evaluate.utility import measure_utility
 
-    _check_files(out, drop)
+    check_files(out, drop)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
         recall = recall_of(bank, decoder, retriever=retriever, max_overlap=_most_overlap(overlap), counted=False)
         measure_utility(decoder, recall, questions, out, drop, least, limit, tell)

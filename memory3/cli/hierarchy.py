@@ -16,6 +16,7 @@ from memory3.cli.common import (
     Json,
     Model,
     TokensPerHead,
+    check_picture_file,
     codec_of,
     decoder_of,
     progress,
@@ -69,11 +70,9 @@ def cost(
 ) -> None:
     """Say what text, memory and parameters cost to write and to read, and for how many uses each is cheapest."""
     from memory3.cost import formats, intervals
-    from memory3.evaluate.picture import check_picture
     from memory3.hierarchy.sizes import changed
 
-    if out is not None:
-        check_picture(out)
+    check_picture_file(out)
     _check_units(preset, measured, tflops, price_hour, price_gb_month, rank)
     sizes = changed(
         _sizes(model, preset, spec),
@@ -234,13 +233,11 @@ def plan(
 ) -> None:
     """Find the cheapest form of every reference of a bank for the uses that it can expect."""
     from memory3.bank import Bank
-    from memory3.evaluate.picture import check_picture
     from memory3.hierarchy.planning import plan as plan_bank
     from memory3.hierarchy.planning import texts_of, uses_in, uses_of
     from memory3.hierarchy.sizes import sizes_of_bank
 
-    if picture is not None:
-        check_picture(picture)
+    check_picture_file(picture)
     _check_units(None, False, tflops, price_hour, price_gb_month, None)
     prices = None if price_hour is None else _prices(price_hour, price_gb_month, horizon)
     options = {"references": references, "rank": rank, "train_length": train_length, "passes": passes}
@@ -336,7 +333,6 @@ def simulate(
     """Play a trace of use over a bank: adaptive tiers beside single formats, LRU, lazy encoding and the offline optimum."""
     from memory3.bank import Bank
     from memory3.cost import formats
-    from memory3.evaluate.picture import check_picture
     from memory3.hierarchy.policies import Adaptive
     from memory3.hierarchy.simulation import document, headed, settings
     from memory3.hierarchy.simulation import simulate as play
@@ -344,8 +340,7 @@ def simulate(
     from memory3.hierarchy.trace import read_trace, zipf
     from memory3.tiers import costs_of, rent_of
 
-    if out is not None:
-        check_picture(out)
+    check_picture_file(out)
     _check_units(preset, measured, None, None, 0.0, rank)
     policy = Adaptive(half_life, horizon)
     if bank is None:

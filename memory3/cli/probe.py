@@ -16,6 +16,7 @@ from memory3.cli.common import (
     Model,
     RetrieverName,
     Seed,
+    check_picture_file,
     config_of,
     decoder_of,
     progress,
@@ -93,10 +94,7 @@ def answer(
     """Answer a question from memory, and say which memory heads and attention edges carried the answer."""
     from memory3.probe.answers import circuit_of, described, document
 
-    if out is not None:
-        from memory3.evaluate.picture import check_picture
-
-        check_picture(out)
+    check_picture_file(out)
     with decoder_of(model, None, device, dtype) as decoder, progress("measuring") as tell:
         recall, config = recall_of(bank, decoder, retriever=retriever, count=count, counted=False), config_of(decoder, None)
         found = circuit_of(decoder, question, recall, config=config, max_new_tokens=max_tokens, edges=edges, tell=tell)
