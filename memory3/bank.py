@@ -114,7 +114,7 @@ class Bank(BankReader):
         self._refuse_without_model()
         with self.exclusive():
             codec, shape, places = self.manifest.codec, self.manifest.shape, self._catalogue.locate(by_id)
-            texts = set(self.texts_among(places))
+            texts = set(self.texts_among(id for id, place in places.items() if place == NO_RECORD))
             order = dict.fromkeys(r.id for r in references)
             wanted = {id: by_id[id] for id in order if id not in places or id in texts}
             records = {id: codec.encode(memory, shape, id) for id, (_, memory) in wanted.items()}
@@ -146,6 +146,13 @@ class Bank(BankReader):
             self._catalogue.add_spans(references)
         return len(new)
 
+    def add_sources(self, references: Sequence[Reference]) -> int:
+        """Note further places of texts that the bank has; how many were new. `BankError` for texts it does not have."""
+        self._refuse_without_model()
+        with self.exclusive():
+            self._refuse_unknown(self.missing(_storable(r).id for r in references))
+            return self._catalogue.add_spans(references)
+
     # Tiers
 
     def records_of(self, ids: Collection[str]) -> list[tuple[Place, str]]:
@@ -155,7 +162,7 @@ class Bank(BankReader):
     def texts_among(self, ids: Iterable[str]) -> list[str]:
         """Those of the ids that are text: neither with key-values nor in an adapter's parameters; in order, each once."""
         wanted = list(dict.fromkeys(ids))
-        places, given = self._catalogue.locate(wanted), self._catalogue.adapters_of(wanted)
+        places, given = (self._catalogue.locate(wanted), self._catalogue.adapters_of(wanted)) if wanted else ({}, {})
         return [id for id in wanted if places.get(id) == NO_RECORD and id not in given]
 
     def keep(self, records: Mapping[str, bytes], instead_of: Sequence[str] = ()) -> int:
@@ -220,13 +227,6 @@ class Bank(BankReader):
         return places
 
     # Forget
-
-    def add_sources(self, references: Sequence[Reference]) -> int:
-        """Note further places of texts that the bank has; how many were new. `BankError` for texts it does not have."""
-        self._refuse_without_model()
-        with self.exclusive():
-            self._refuse_unknown(self.missing(_storable(r).id for r in references))
-            return self._catalogue.add_spans(references)
 
     def delete(self, ids: Iterable[str]) -> int:
         """Remove memories with their texts, sources and index entries, and zero their records; how many.

@@ -160,6 +160,7 @@ class Recall:
 
     def texts(self, queries: Sequence[str]) -> list[Recalled]:
         """What a recall would bring, as texts alone: no memory is read, and nothing is counted but the use."""
+        self._forget_deleted()
         found = self._searched(queries, queries) if self.fixed is None else self._fixed(queries)
         texts, versions = self._references(found), tuple(map(version_name, self._versions))
         if self.counted:

@@ -20,6 +20,7 @@ WINDOW = 1024
 """References that are looked up and sorted by length together."""
 
 _ROW_BYTES = 256
+"""Ids, place, span and index entries of a reference in the tables, roughly."""
 REFRESHED = 8 * WINDOW
 """References between two refreshes of the indexes, so that searches and manifests stay small in a long write."""
 
@@ -113,12 +114,12 @@ def write(
             before, done = done, done + len(step.new) + len(step.known)
             _tell(on_progress, done, total)
             if done // REFRESHED > before // REFRESHED:
-                bank.refresh(keep_versions=max_bytes is None)
+                bank.refresh(keep_versions=limit is None)
         if lazy and max_bytes:
             prepare(bank, decoder, max_bytes)
         stale = changes.stale(bank, read) if read else []
         removed = bank.forget_spans(stale) if update else 0
-        bank.refresh(keep_versions=max_bytes is None)
+        bank.refresh(keep_versions=limit is None)
     size = 0 if lazy else bank.record_bytes
     left = 0 if update else len(stale)
     return WriteReport(written, done - written, left, removed, written * size, size, perf_counter() - started)

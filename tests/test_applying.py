@@ -11,7 +11,7 @@ import pytest
 import torch
 from fakes import FakeDecoder
 from families import tiny_model, tiny_tokenizer
-from test_tiers import TEXTS, WORDS, banked, kept, references
+from tiered import TEXTS, WORDS, banked, kept, references
 from typer.testing import CliRunner
 
 from memory3.bank import Bank
