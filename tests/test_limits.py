@@ -233,3 +233,10 @@ def test_a_recall_that_runs_sees_a_limit_that_is_set_later(tmp_path: Path) -> No
     Settings(max_bytes=1).save(tmp_path)
     recall(["tower"])
     assert kept(bank) == set()
+
+
+def test_a_lasting_limit_keeps_no_older_versions_of_the_tables(tmp_path: Path) -> None:
+    bank, decoder = banked(tmp_path)
+    Settings(max_bytes=10**9).save(tmp_path)
+    write(decoder, [Reference("Another text.", "more", 0, 13)], bank)
+    assert len(bank.versions()) == 1

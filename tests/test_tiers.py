@@ -347,3 +347,12 @@ def test_repeated_ids_have_storage_of_their_own(tmp_path: Path) -> None:
     one, two = bank.read([tower.id, tower.id])
     one.keys.zero_()
     assert two.keys.abs().sum() > 0
+
+
+def test_texts_name_the_state_that_was_searched(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path)
+    recall = Recall(bank, count=1)
+    [before] = recall.texts(["tower"])
+    bank.delete([references()[1].id])
+    [after] = recall.texts(["tower"])
+    assert before.versions != after.versions == (bank.versions()[-1][1],)
