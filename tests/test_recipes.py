@@ -137,6 +137,8 @@ def test_the_reader_in_small_is_trained_on_tables_of_ones_own_and_goes_on(tmp_pa
     more = trained(tmp_path / "more", "reader", "more", "--data", world, "--model", made, "--steps", "3", "--seed", "1")
     assert load(more).spec == decoder.spec
     assert changed(made, more)
+    text = trained(tmp_path / "text", "reader", "text", "--data", world, "--model", made, "--steps", "3", "--seed", "1")
+    assert changed(made, text) and changed(more, text)
     den(tmp_path / "other", TEXT[:500])
     with pytest.raises(TrainError, match="found a tokenizer made of other data"):
         recipe_of("reader", "small")(Inputs((str(tmp_path / "other"),), tmp_path / "out"))

@@ -415,7 +415,7 @@ def test_matrices_alone_decay(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"accumulate": 0}, "accumulate=0, expected a whole number"),
-        ({"precision": "fp16"}, "precision='fp16', expected 'bf16' or 'no'"),
+        ({"precision": "fp16"}, "precision='fp16', expected auto, bf16, no"),
         ({"clip": 0.0}, "clip=0.0, expected a number above 0"),
         ({"spike_loss": math.nan}, "spike_loss=nan"),
     ],

@@ -191,7 +191,8 @@ HONOURED = {
     "chunk": (*ASKED, "bank", "text_field"),
 }
 """Options that each ablation follows, beside data, out and seed; it refuses the others. What is trained starts from fresh weights in
-float32, and accelerate places it: on a GPU where there is one, in bf16 autocast."""
+float32, and accelerate places it: on a GPU where there is one, in bf16 autocast where the machine
+computes in it."""
 
 
 def check_options(name: str, inputs: Inputs) -> None:

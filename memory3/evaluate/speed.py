@@ -18,6 +18,7 @@ from memory3.bench.turns import Timed, in_turns
 from memory3.decoder import Decoder
 from memory3.spec import SpecError
 from memory3.train.corpus import Corpus
+from memory3.train.precision import PRECISIONS, resolved
 from memory3.train.sequences import Continual, Retrieved, Sequences, Warmup, shared
 
 Tell = Callable[[int, int], None]
@@ -28,7 +29,7 @@ def measure_speed(
     *,
     length: int = 2048,
     batch: int = 1,
-    precision: str = "bf16",
+    precision: str = "auto",
     repeats: int = 5,
     seed: int = 0,
     tell: Tell = lambda done, total: None,
@@ -39,7 +40,7 @@ def measure_speed(
         decoder: its weights stay as they are.
         length: tokens of a training sequence.
         batch: sequences of a training step.
-        precision: `bf16` under autocast, as the training loop has it, or `no`.
+        precision: `bf16` under autocast, `no`, or `auto`, as the training loop has it.
         repeats: turns of each way.
         seed: of the random text.
         tell: told of the turns done.
@@ -50,9 +51,9 @@ def measure_speed(
     for name, size in {"length": length, "batch": batch, "repeats": repeats}.items():
         if size < 1:
             raise SpecError(f"found {name}={size}, expected at least 1")
-    if precision not in ("bf16", "no"):
-        raise SpecError(f"found precision {precision!r}, expected bf16 or no")
-    found = training(decoder, length, batch, precision, repeats, seed, lambda done: tell(done, 2 * (repeats + 1)))
+    if precision not in PRECISIONS:
+        raise SpecError(f"found precision {precision!r}, expected {', '.join(PRECISIONS)}")
+    found = training(decoder, length, batch, resolved(precision), repeats, seed, lambda done: tell(done, 2 * (repeats + 1)))
     continual, warmup = found["continual"], found["warmup"]
     ratio = median(continual.seconds) / median(warmup.seconds)
     print(

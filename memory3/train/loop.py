@@ -242,7 +242,7 @@ def _check_dtypes(model: Any) -> None:
     if half:
         raise TrainError(
             f"found weights to be learned in {', '.join(sorted(str(d) for d in half))}, expected float32: load the model with "
-            "dtype='float32' (the passes run in bf16 by Settings.precision)"
+            "dtype='float32' (Settings.precision says what the passes run in)"
         )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from memory3.train.precision import Float32InsteadOfBf16, computes_bf16
 from memory3.train.settings import Settings, TrainError
 
 BETAS = (0.9, 0.95)
@@ -39,7 +41,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for part in self.parts:  # accelerate replaces state and groups when it prepares the optimizer: share them anew
             end = start + len(part.param_groups)
             part.state, part.param_groups, start = self.state, self.param_groups[start:end], end
-            part.step()
+            with nullcontext() if computes_bf16() else Float32InsteadOfBf16():
+                part.step()
 
 
 def optimizer_of(model: Any, settings: Settings) -> torch.optim.Optimizer:

@@ -173,7 +173,7 @@ class ReadingObjective:
             trace = Trace(tokens_too=True, gradient=True, layers=watched) if watched else None
             reading = Reading(stack, table[:, None].to(view.device), layout.chunks, view.spec, trace)
         states = view.forward(layout, reading, base=True).last_hidden_state
-        loss, found = _target_loss(view, states, batch.contexts, starts)
+        loss, found = target_loss(view, states, batch.contexts, starts)
         figures = {f"{batch.mode}_{name}": value for name, value in [("target", float(loss.detach())), *found.items()]}
         if reading is not None and phase.pointer_loss:
             pointer = pointer_loss(view, reading, batch, table, starts)
@@ -186,17 +186,10 @@ class ReadingObjective:
     def _text_loss(self, decoder: Decoder, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The same contexts behind the same references as plain text: the control must be able to read too."""
         table = table_of(replace(batch, read=min(batch.read, 3))).tolist()
-        chosen = range(0, len(batch.contexts), 3)
-        bos, separator = decoder.bos_ids, decoder.tokens("\n\n")
-        contexts = []
-        for c in chosen:
-            context = batch.contexts[c]
-            front = bos + [i for r in table[c] for i in [*batch.references[r], *separator]]
-            start = context.target_start + len(front) - len(bos)
-            contexts.append(replace(context, ids=front + context.ids[len(bos) :], target_start=start))
+        contexts = prompted(decoder, batch, table, range(0, len(batch.contexts), 3))
         layout = decoder.layout([c.ids for c in contexts], padding_side="right", memory=False)
         states = decoder.forward(layout, base=True).last_hidden_state
-        loss, found = _target_loss(decoder, states, contexts, [c.target_start for c in contexts])
+        loss, found = target_loss(decoder, states, contexts, [c.target_start for c in contexts])
         return loss, {"text_target": float(loss.detach()), **{f"text_{name}": value for name, value in found.items()}}
 
 
@@ -213,6 +206,28 @@ def table_of(batch: Batch) -> Tensor:
     return torch.tensor(rows)
 
 
+def prompted(decoder: Decoder, batch: Batch, table: Sequence[Sequence[int]], chosen: Sequence[int]) -> list[Context]:
+    """The chosen contexts behind the references that each reads, as text; pointers lead to places of the whole prompt.
+
+    `table` is that of `table_of` as lists.
+    """
+    bos, separator, made = decoder.bos_ids, decoder.tokens("\n\n"), []
+    for c in chosen:
+        context, front, at = batch.contexts[c], [*bos], 0
+        for r in table[c]:
+            at = len(front) if r == batch.about[c] else at
+            front += [*batch.references[r], *separator]
+        made.append(
+            Context(
+                [*front, *context.ids[len(bos) :]],
+                context.target_start + len(front) - len(bos),
+                [[at + n for n in tokens] for tokens in context.pointers],
+                [at + n for n in context.sentence],
+            )
+        )
+    return made
+
+
 def by_length(contexts: Sequence[Context], groups: int) -> list[list[int]]:
     """The contexts' numbers in `groups` parts of like length, so that little of a part is padding."""
     order = sorted(range(len(contexts)), key=lambda n: len(contexts[n].ids))
@@ -222,7 +237,7 @@ def by_length(contexts: Sequence[Context], groups: int) -> list[list[int]]:
 
 def pointer_loss(decoder: Decoder, reading: Reading, batch: Batch, table: Tensor, starts: Sequence[int]) -> Tensor:
     """Mean negative log `()` of the joint attention that the first query head of each kv head of the last memory layer
-    pays to the tokens that a target token stands at; weighted as in `_weights`.
+    pays to the tokens that a target token stands at; weighted as in `weights_of`.
 
     Args:
         decoder: its last memory layer points.
@@ -235,7 +250,7 @@ def pointer_loss(decoder: Decoder, reading: Reading, batch: Batch, table: Tensor
     wanted = [
         (b, start + n - 1, tokens, share)
         for b, (context, start) in enumerate(zip(batch.contexts, starts, strict=True))
-        for n, (tokens, share) in enumerate(zip(context.pointers, _weights(len(context.pointers)), strict=True))
+        for n, (tokens, share) in enumerate(zip(context.pointers, weights_of(len(context.pointers)), strict=True))
     ]
     return _attended(decoder, reading, decoder.spec.layers[-1], batch, table, wanted)
 
@@ -282,7 +297,7 @@ def _attended(
     return loss
 
 
-def _weights(length: int) -> list[float]:
+def weights_of(length: int) -> list[float]:
     """Weights of the tokens of a target, which add up to 1."""
     return [(FIRST_WEIGHT if n == 0 else 1.0) / (FIRST_WEIGHT + length - 1) for n in range(length)]
 
@@ -295,7 +310,7 @@ def _stands_at(stack: MemoryStack, rows: slice, reference: Tensor, token: Tensor
     return at & valid[:, None]
 
 
-def _target_loss(
+def target_loss(
     decoder: Decoder, states: Tensor, contexts: Sequence[Context], starts: Sequence[int]
 ) -> tuple[Tensor, dict[str, Any]]:
     """Cross-entropy `()` of the targets in right-padded contexts, every context counting the same whatever its length.
@@ -307,7 +322,7 @@ def _target_loss(
     rows = torch.tensor([b for b, t in enumerate(targets) for _ in t], device=states.device)
     places = torch.tensor([start + n - 1 for start, t in zip(starts, targets, strict=True) for n in range(len(t))])
     labels = torch.tensor([i for t in targets for i in t], device=states.device)
-    weight = torch.tensor([w for t in targets for w in _weights(len(t))], device=states.device)
+    weight = torch.tensor([w for t in targets for w in weights_of(len(t))], device=states.device)
     logits = decoder.model.get_output_embeddings()(states[rows, places.to(states.device)]).float()
     hits = (logits.detach().argmax(-1) == labels).float()
     wrong = torch.zeros(len(targets), device=states.device).index_add(0, rows, 1 - hits)

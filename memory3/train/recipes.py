@@ -29,6 +29,7 @@ from memory3.train.kept import kept_tokenizer
 from memory3.train.preference import EPOCHS as DPO_EPOCHS
 from memory3.train.preference import PEAK as DPO_PEAK
 from memory3.train.preference import pairs_of, preference
+from memory3.train.prompted import PromptedObjective
 from memory3.train.reading import ReadingObjective
 from memory3.train.recipe import EMBEDDING_RATE, SMALL, Reader, passages
 from memory3.train.retrieved import Asking, ChunkReferences
@@ -292,13 +293,27 @@ def reader_more(inputs: Inputs) -> Run:
     Data: as for `full`; give another `--seed` than the first run had. Hardware: two cores, forty minutes. docs/results.md has
     what it reached.
     """
+    return _further(inputs, ReadingObjective)
+
+
+def reader_text(inputs: Inputs) -> Run:
+    """The control of `more`: goes on from a reader (`--model`) by as many steps of about as many tokens, but what it reads is text
+    in the prompt, five references of at most 128 tokens and a question; no memory is written or read.
+
+    Data: as for `full`. Hardware: two cores. docs/results.md has what it reached, and in which time, beside `more`.
+    """
+    return _further(inputs, PromptedObjective)
+
+
+def _further(inputs: Inputs, kind: type[ReadingObjective]) -> Run:
+    """The mixture of a reader's last phase, by another objective or the same."""
     data, decoder = _folder(inputs), _loaded(inputs)
     steps = inputs.steps or 1600
     schedule = Schedule(inputs.rate or 5e-4, steps, warmup=min(20, steps), decay=steps // 2)
     settings = inputs.settings(schedule, embedding_rate=EMBEDDING_RATE, optimizer=inputs.optimizer or "muon")
     per_step = inputs.accumulate * _processes()
     phase = replace(Reader(tokens_per_head=decoder.spec.tokens_per_head).phases[-1], until=steps, pointer_loss=1.0)
-    objective = ReadingObjective(decoder, *passages(data), (phase,), inputs.seed, per_step)
+    objective = kind(decoder, *passages(data), (phase,), inputs.seed, per_step)
     return plain_run(decoder, nullcontext(objective), settings, decoder.spec, stretched=True)
 
 
@@ -361,7 +376,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "convert": {"lora": convert_lora, "full": convert_full, "labels": convert_labels},
     "sft": {"paper": sft_paper},
     "dpo": {"paper": dpo_paper},
-    "reader": {"full": reader_full, "small": reader_small, "more": reader_more},
+    "reader": {"full": reader_full, "small": reader_small, "more": reader_more, "text": reader_text},
 }
 """Recipes of each stage; the first is the default."""
 
@@ -375,6 +390,7 @@ OPTIONS = {
     "dpo": "model bank spec tokens_per_head batch",
     "reader": "tokens_per_head",
     "reader more": "model",
+    "reader text": "model",
 }
 """Fields of `Inputs` that a stage, or one recipe of it, uses beside those that every run does."""
 

@@ -85,7 +85,7 @@ class Settings:
         clip: most norm of the gradient; a longer one is shortened to it.
         log_every: steps between two reports; save_every: steps between two checkpoints.
         minutes: most wall time of this call.
-        precision: `bf16` (autocast) or `no`.
+        precision: `bf16` (autocast), `no`, or `auto`: the first where this machine computes in it.
         stop_at: stop after this step, with a checkpoint.
         embedding_rate: the embeddings learn at so many times the rate of the rest.
         accumulate: micro-batches of a step in each process; the step takes the mean of all.
@@ -113,7 +113,7 @@ class Settings:
     log_every: int = 20
     save_every: int = 200
     minutes: float | None = None
-    precision: str = "bf16"
+    precision: str = "auto"
     stop_at: int | None = None
     embedding_rate: float = 1.0
     accumulate: int = 1
@@ -128,6 +128,11 @@ class Settings:
     facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        from memory3.train.precision import (
+            PRECISIONS,
+            resolved,
+        )  # with torch, which a command line that only asks need not wait for
+
         for name in ("accumulate", "log_every", "save_every", "spike_steps", "spike_window", "spike_tries"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -139,8 +144,11 @@ class Settings:
             raise TrainError(f"found a learning rate of {self.schedule.peak!r}, expected a number above 0")
         if self.optimizer not in ("adamw", "muon"):
             raise TrainError(f"found optimizer={self.optimizer!r}, expected 'adamw' or 'muon'")
-        if self.precision not in ("bf16", "no"):
-            raise TrainError(f"found precision={self.precision!r}, expected 'bf16' or 'no' (fp16 would need a loss scale)")
+        if self.precision not in PRECISIONS:
+            raise TrainError(
+                f"found precision={self.precision!r}, expected {', '.join(PRECISIONS)} (fp16 would need a loss scale)"
+            )
+        object.__setattr__(self, "precision", resolved(self.precision))
 
 
 Report = Callable[[dict[str, float]], None]

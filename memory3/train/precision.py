@@ -1,0 +1,38 @@
+"""Whether this machine computes in bf16, and what to do where it does not.
+
+A CPU without instructions for it (AVX2 alone, say) multiplies bf16 matrices some hundreds of times slower than float32 ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+PRECISIONS = ("auto", "bf16", "no")
+
+
+def computes_bf16() -> bool:
+    """Whether matrices are multiplied in bf16 at speed: on an accelerator, or on a CPU whose instructions oneDNN uses for it."""
+    if torch.accelerator.is_available():
+        return True
+    asked: Callable[[], bool] = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return bool(asked())
+
+
+def resolved(precision: str) -> str:
+    """`auto` as `bf16` where this machine computes in it, else as `no`; others as they are."""
+    return ("bf16" if computes_bf16() else "no") if precision == "auto" else precision
+
+
+class Float32InsteadOfBf16(TorchFunctionMode):
+    """Inside the block `tensor.bfloat16()` is a copy in float32: torch's Muon takes its step in bf16 whatever the machine."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return func(*args, **(kwargs or {}))
