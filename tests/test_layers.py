@@ -11,7 +11,7 @@ import memory3
 
 PACKAGE = Path(memory3.__file__).parent
 ROWS = [
-    ["spec", "quiet", "fused", "bench.turns", "bench.peers.worker", "bench.peers.gguf_export"],
+    ["spec", "quiet", "precision", "fused", "bench.turns", "bench.peers.worker", "bench.peers.gguf_export"],
     [
         "attention",
         "cache",
@@ -85,6 +85,7 @@ ROWS = [
         "train.loop",
         "train.sequences",
         "train.preference",
+        "train.prompted",
         "train.recipe",
         "evaluate.arms",
         "evaluate.use",

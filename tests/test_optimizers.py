@@ -75,15 +75,6 @@ def test_muon_takes_the_matrices_between_embeddings_and_output_and_adamw_all_els
     assert factors[id(model.get_input_embeddings().weight)] == 0.3
 
 
-@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16"), (False, "no")])
-def test_passes_run_in_bf16_where_the_machine_computes_in_it(
-    fast: bool, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("memory3.train.precision.computes_bf16", lambda: fast)
-    assert settings("adamw").precision == precision
-    assert settings("adamw", precision="bf16").precision == "bf16"
-
-
 def test_an_optimizer_of_another_name_is_refused() -> None:
     with pytest.raises(TrainError, match="found optimizer='sgd', expected 'adamw' or 'muon'"):
         settings("sgd")

@@ -29,10 +29,12 @@ Repeats = Annotated[int, typer.Option(min=1, help="Turns of each way; the median
 def benched(
     model: str | None, preset: str | None, layers: int | None, device: str | None, dtype: str | None
 ) -> Iterator[Decoder]:
-    """The decoder that is measured: a finished one, or random weights of a shape (bfloat16 unless told otherwise)."""
+    """The decoder that is measured: a finished one, or random weights of a shape (by default in bfloat16 where the machine computes in
+    it, else in float32)."""
     import torch
 
     from memory3.bench.scenes import random_decoder
+    from memory3.precision import computes_bf16
     from memory3.spec import SpecError
 
     if preset is None:
@@ -44,7 +46,8 @@ def benched(
     if model is not None:
         raise SpecError("found both --model and --preset, expected one of them: a preset has random weights")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with random_decoder(preset, layers, getattr(torch, dtype or "bfloat16"), where) as decoder:
+    kind = getattr(torch, dtype or ("bfloat16" if computes_bf16() else "float32"))
+    with random_decoder(preset, layers, kind, where) as decoder:
         yield decoder
 
 

@@ -16,9 +16,9 @@ import torch
 from memory3.bench.scenes import random_text, words
 from memory3.bench.turns import Timed, in_turns
 from memory3.decoder import Decoder
+from memory3.precision import PRECISIONS, resolved
 from memory3.spec import SpecError
 from memory3.train.corpus import Corpus
-from memory3.train.precision import PRECISIONS, resolved
 from memory3.train.sequences import Continual, Retrieved, Sequences, Warmup, shared
 
 Tell = Callable[[int, int], None]

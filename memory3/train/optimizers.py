@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from memory3.train.precision import Float32InsteadOfBf16, computes_bf16
+from memory3.precision import Float32InsteadOfBf16, computes_bf16
 from memory3.train.settings import Settings, TrainError
 
 BETAS = (0.9, 0.95)

@@ -128,7 +128,7 @@ class Settings:
     facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        from memory3.train.precision import (
+        from memory3.precision import (
             PRECISIONS,
             resolved,
         )  # with torch, which a command line that only asks need not wait for

@@ -5,6 +5,7 @@ A CPU without instructions for it (AVX2 alone, say) multiplies bf16 matrices som
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,3 +37,13 @@ class Float32InsteadOfBf16(TorchFunctionMode):
         if func is torch.Tensor.bfloat16:
             return args[0].to(torch.float32, copy=True)
         return func(*args, **(kwargs or {}))
+
+
+def warn_of_slow_halves(model: Any) -> None:
+    """A `UserWarning` where a model's files chose bf16 for a CPU that does not compute in it."""
+    if model.dtype == torch.bfloat16 and model.device.type == "cpu" and not computes_bf16():
+        warnings.warn(
+            "found a model in bfloat16 on a CPU without instructions for it, which is many times slower than float32: give "
+            "dtype='float32' (--dtype float32)",
+            stacklevel=3,
+        )
