@@ -1,6 +1,6 @@
 """Whether this machine computes in bf16, and what to do where it does not.
 
-A CPU without instructions for it (AVX2 alone, say) multiplies bf16 matrices some hundreds of times slower than float32 ones.
+A CPU without instructions for it (AVX2 alone, say) multiplies large bf16 matrices some hundred times slower than float32 ones (docs/results.md).
 """
 
 from __future__ import annotations

@@ -16,10 +16,16 @@ RELATIVE = 1e-4
 """Other CPUs and torch builds sum in another order: ten steps of `warmup` with eager instead of sdpa attention differ by 1e-5."""
 
 
-def check_losses(name: str, losses: Sequence[float], relative: float = RELATIVE) -> None:
-    """Compare the losses of a run, one per step, with `golden/losses-NAME.txt`; with MEMORY3_WRITE_GOLDEN=1 write it."""
+def check_losses(
+    name: str, losses: Sequence[float], relative: float = RELATIVE, later: float | None = None, settled: int = 5
+) -> None:
+    """Compare the losses of a run, one per step, with `golden/losses-NAME.txt`; with MEMORY3_WRITE_GOLDEN=1 write it.
+
+    `later` is the tolerance behind the first `settled` steps, for runs whose first steps are so long that roundings grow.
+    """
     file = FOLDER / f"losses-{name}.txt"
     if os.environ.get("MEMORY3_WRITE_GOLDEN") == "1":
         file.write_text("".join(f"{loss:.6f}\n" for loss in losses), "utf-8")
     golden = [float(line) for line in file.read_text("utf-8").splitlines()]
-    assert list(losses) == pytest.approx(golden, rel=relative)
+    assert list(losses[:settled]) == pytest.approx(golden[:settled], rel=relative)
+    assert list(losses[settled:]) == pytest.approx(golden[settled:], rel=relative if later is None else later)

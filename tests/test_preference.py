@@ -115,11 +115,15 @@ def trained(folder: Path, stops: tuple[int | None, ...]) -> tuple[dict[str, Tens
 
 
 def test_ten_golden_losses_and_the_same_from_a_run_that_was_stopped_and_resumed(tmp_path: Path) -> None:
-    """The reference model of the second half is the first weights again, not those of the checkpoint."""
+    """The reference model of the second half is the first weights again, not those of the checkpoint.
+
+    Model and reference pass over batches of other shapes, whose sums some CPUs take in another order: 4e-7 nats with AVX2.
+    """
     (whole, lines), (broken, parts) = trained(tmp_path / "a", (None,)), trained(tmp_path / "b", (4, None))
     assert [line["loss"] for line in lines] == [line["loss"] for line in parts]
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
-    assert lines[-1]["margin"] > lines[0]["margin"] == 0
+    assert lines[0]["margin"] == pytest.approx(0, abs=2e-6)
+    assert lines[-1]["margin"] > 1e-4
     kinds = {path.suffix for path in (tmp_path / "b").rglob("*") if path.is_file() and "tensorboard" not in path.parts}
     assert kinds <= {".safetensors", ".json", ".jsonl"}
     check_losses("dpo", [line["loss"] for line in lines])

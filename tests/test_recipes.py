@@ -158,6 +158,7 @@ def test_a_stopped_stage_says_so_and_goes_on(tmp_path: Path, text: Path, model: 
 # ---- a run is one run ----
 
 
+@pytest.mark.filterwarnings("ignore:found a model in bfloat16 on a CPU")
 @pytest.mark.parametrize(("stage", "recipe"), [("sft", "paper"), ("convert", "lora")])
 def test_a_half_precision_model_learns_in_float32_and_is_saved_as_it_was(tmp_path: Path, stage: str, recipe: str) -> None:
     from safetensors.torch import load_file
@@ -372,7 +373,8 @@ def test_what_is_missing_or_unknown_is_one_clear_sentence(tmp_path: Path, text: 
 def test_ten_steps_of_the_reader_lose_what_they_lost_before(tmp_path: Path, optimizer: str, name: str) -> None:
     """All phases but the last are gone through in ten steps; the tokenizer is one token per byte, so that none has to be made.
 
-    Muon makes its steps orthogonal in bf16, which other CPUs round in another way.
+    Muon makes its steps orthogonal in bf16, which other CPUs round in another way. With AdamW a CPU with AVX2 alone and one with AVX-512
+    differ by 2e-6 at the third step and by 6e-3 at the tenth: long steps from fresh weights let roundings grow.
     """
     toy_world(tmp_path / "world", 24)
     tiny_tokenizer().save_pretrained(tmp_path / "run" / "tokenizer")
@@ -380,4 +382,4 @@ def test_ten_steps_of_the_reader_lose_what_they_lost_before(tmp_path: Path, opti
     decoder, objective, settings, _ = reader.run(tmp_path / "world", tmp_path / "run")
     losses: list[float] = []
     run(decoder, objective, replace(settings, log_every=1, precision="no"), lambda line: losses.append(line["loss"]))
-    check_losses(name, losses, relative=2e-2 if optimizer == "muon" else RELATIVE)
+    check_losses(name, losses, relative=2e-2 if optimizer == "muon" else RELATIVE, later=2e-2)
