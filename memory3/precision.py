@@ -15,9 +15,12 @@ from torch.overrides import TorchFunctionMode
 PRECISIONS = ("auto", "bf16", "no")
 
 
-def computes_bf16() -> bool:
-    """Whether matrices are multiplied in bf16 at speed: on an accelerator, or on a CPU whose instructions oneDNN uses for it."""
-    if torch.accelerator.is_available():
+def computes_bf16(device: str | None = None) -> bool:
+    """Whether matrices are multiplied in bf16 at speed: on an accelerator, or on a CPU whose instructions oneDNN uses for it.
+
+    `device` is a kind, `cpu` for instance; by default the accelerator where there is one.
+    """
+    if device != "cpu" and torch.accelerator.is_available():
         return True
     asked: Callable[[], bool] = torch.ops.mkldnn._is_mkldnn_bf16_supported
     return bool(asked())
@@ -41,7 +44,7 @@ class Float32InsteadOfBf16(TorchFunctionMode):
 
 def warn_of_slow_halves(model: Any) -> None:
     """A `UserWarning` where a model's files chose bf16 for a CPU that does not compute in it."""
-    if model.dtype == torch.bfloat16 and model.device.type == "cpu" and not computes_bf16():
+    if model.dtype == torch.bfloat16 and model.device.type == "cpu" and not computes_bf16("cpu"):
         warnings.warn(
             "found a model in bfloat16 on a CPU without instructions for it, which is many times slower than float32: give "
             "dtype='float32' (--dtype float32)",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model, tiny_tokenizer
-from golden_losses import check_losses
+from golden_losses import MADE_HERE, check_losses
 from huggingface_hub import constants
 from huggingface_hub.utils import _telemetry
 from test_instruct import written
@@ -117,13 +117,13 @@ def trained(folder: Path, stops: tuple[int | None, ...]) -> tuple[dict[str, Tens
 def test_ten_golden_losses_and_the_same_from_a_run_that_was_stopped_and_resumed(tmp_path: Path) -> None:
     """The reference model of the second half is the first weights again, not those of the checkpoint.
 
-    Model and reference pass over batches of other shapes, whose sums some CPUs take in another order: 4e-7 nats with AVX2.
+    Their first margin is nothing, and on a CPU with AVX2 alone 4e-7 nats.
     """
     (whole, lines), (broken, parts) = trained(tmp_path / "a", (None,)), trained(tmp_path / "b", (4, None))
     assert [line["loss"] for line in lines] == [line["loss"] for line in parts]
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
-    assert lines[0]["margin"] == pytest.approx(0, abs=2e-6)
-    assert lines[-1]["margin"] > 1e-4
+    assert lines[0]["margin"] == pytest.approx(0, abs=0.0 if MADE_HERE else 2e-6)
+    assert lines[-1]["margin"] > max(0.0, lines[0]["margin"]) + 1e-4
     kinds = {path.suffix for path in (tmp_path / "b").rglob("*") if path.is_file() and "tensorboard" not in path.parts}
     assert kinds <= {".safetensors", ".json", ".jsonl"}
     check_losses("dpo", [line["loss"] for line in lines])

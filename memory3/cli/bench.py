@@ -46,7 +46,7 @@ def benched(
     if model is not None:
         raise SpecError("found both --model and --preset, expected one of them: a preset has random weights")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = getattr(torch, dtype or ("bfloat16" if computes_bf16() else "float32"))
+    kind = getattr(torch, dtype or ("bfloat16" if computes_bf16(where.type) else "float32"))
     with random_decoder(preset, layers, kind, where) as decoder:
         yield decoder
 
