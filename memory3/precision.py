@@ -1,6 +1,7 @@
 """Whether this machine computes in bf16, and what to do where it does not.
 
-A CPU without instructions for it (AVX2 alone, say) multiplies large bf16 matrices some hundred times slower than float32 ones (docs/results.md).
+On a CPU without instructions for it (AVX2 alone, say) a training step under bf16 autocast takes many times as long as one in float32
+(docs/results.md has both).
 """
 
 from __future__ import annotations

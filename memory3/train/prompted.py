@@ -26,8 +26,8 @@ from memory3.train.reading import (
 )
 
 CONTEXTS = 12
-"""Prompts of a step. Five references of 128 tokens and a question are 700 tokens, so these are about as many as all references and
-questions of a step of `ReadingObjective` have: the same budget, in tokens."""
+"""Prompts of a step: they have about as many tokens as all references and contexts of a step of `ReadingObjective`, in which every
+reference is encoded once for all that read it. So the budget is the same in tokens, not in questions."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class PromptedObjective(ReadingObjective):
     """Questions, clozes and completions about references in the prompt; no memory is written or read.
 
     Batches are those of `ReadingObjective`, of which `CONTEXTS` contexts are taken. The same heads learn to point, and to find the
-    sentence, as they do in memory: the control differs in where the text is and in nothing else.
+    sentence, as they do in memory.
     """
 
     def loss(self, decoder: Decoder, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
