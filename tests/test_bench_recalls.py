@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from families import tiny_model, tiny_tokenizer
@@ -50,6 +52,18 @@ def test_every_bank_is_recalled_from_warm_and_cold(decoder: Decoder, monkeypatch
     assert set(report.ratios) == {
         f"load_over_raw_{c}_{w}_{n}" for n in (6, 9) for c in ("raw", "int8") for w in ("warm", "cold")
     } | {"recall_at_9_over_6"}
+
+
+def test_banks_that_stay_are_found_again(decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan((6,), ("raw",), batch=2, repeats=1, cold=False, banks=tmp_path / "banks")
+    report = bench_recall(decoder, plan)
+    assert report.document()["settings"]["banks"] == str(tmp_path / "banks")
+    [kept] = (tmp_path / "banks").iterdir()
+    made = {path: path.stat().st_mtime_ns for path in kept.rglob("*.kv")}
+    monkeypatch.setattr(recalls.Bank, "add", None)  # nothing is made again
+    [again] = bench_recall(decoder, replace(plan, repeats=2)).document()["recalls"]
+    assert len(again["seconds"]["load"]) == 2
+    assert made == {path: path.stat().st_mtime_ns for path in kept.rglob("*.kv")}
 
 
 def test_a_whole_recall_is_the_sum_of_its_steps_without_the_control() -> None:

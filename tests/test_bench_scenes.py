@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from families import tiny_model, tiny_tokenizer
@@ -28,7 +27,7 @@ def decoder() -> Iterator[Decoder]:
 
 
 def test_a_random_bank_reads_like_a_true_one(decoder: Decoder, tmp_path: Path) -> None:
-    with random_bank(decoder, tmp_path / "bank", 3, np.random.default_rng(0), batch=2) as bank:
+    with random_bank(decoder, tmp_path / "bank", 3, 0, batch=2) as bank:
         assert len(bank) == 3
         [memory, *_] = bank.read(bank.ids())
         [true] = decoder.encode(["x" * 32])
@@ -37,13 +36,27 @@ def test_a_random_bank_reads_like_a_true_one(decoder: Decoder, tmp_path: Path) -
         assert all(len(decoder.tokens(text)) >= SPEC.reference_length for text in texts)
 
 
+def test_a_random_bank_that_was_interrupted_goes_on_to_the_same_one(decoder: Decoder, tmp_path: Path) -> None:
+    with random_bank(decoder, tmp_path / "whole", 5, 0, batch=2) as bank:
+        whole = {id: memory.keys for id, memory in zip(bank.ids(), bank.read(bank.ids()), strict=True)}
+    told: list[int] = []
+    random_bank(decoder, tmp_path / "cut", 2, 0, batch=2).close()
+    with random_bank(decoder, tmp_path / "cut", 5, 0, batch=2, told=told.append) as bank:
+        assert told == [4, 5]
+        assert {*bank.ids()} == {*whole}
+        for id, memory in zip(bank.ids(), bank.read(bank.ids()), strict=True):
+            assert torch.equal(memory.keys, whole[id])
+    with random_bank(decoder, tmp_path / "other", 5, 1, batch=2) as bank:
+        assert not {*bank.ids()} & {*whole}
+
+
 def test_a_random_bank_takes_a_codec(decoder: Decoder, tmp_path: Path) -> None:
-    with random_bank(decoder, tmp_path / "bank", 1, np.random.default_rng(0), Int8Codec()) as bank:
+    with random_bank(decoder, tmp_path / "bank", 1, 0, Int8Codec()) as bank:
         assert bank.stats()["codec"] == "int8"
 
 
 def test_a_unique_recall_brings_what_no_other_brought_until_it_is_restarted(decoder: Decoder, tmp_path: Path) -> None:
-    with random_bank(decoder, tmp_path / "bank", 8, np.random.default_rng(0)) as bank:
+    with random_bank(decoder, tmp_path / "bank", 8, 0) as bank:
         recall = UniqueRecall(bank, 2)
         first = recall(["a", "b"])
         later = recall(["c", "d"])

@@ -118,8 +118,7 @@ class Scene:
         """A bank of one turn's references of random key-values, and the decoder that reads it."""
         decoder = self.decoder if spec == self.decoder.spec else self.decoder.using(spec)
         chosen = None if codec is None else codec_named(codec, decoder.dtype)
-        rng = np.random.default_rng(self.protocol.seed)
-        bank = random_bank(decoder, self.folder / way, self.references, rng, chosen, batch=32)
+        bank = random_bank(decoder, self.folder / way, self.references, self.protocol.seed, chosen, batch=32)
         self.record_bytes[way] = bank.record_bytes
         return decoder, bank
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,8 @@ class Plan:
         repeats: recalls of each kind, all of other references.
         cold: also with the page cache dropped before each recall.
         seed: of texts, vectors and key-values.
+        banks: folder in which the banks are made and stay, so that a run that was interrupted goes on, and the next one finds
+            them; by default they go.
     """
 
     references: tuple[int, ...] = (1000, 10_000)
@@ -49,6 +51,7 @@ class Plan:
     repeats: int = 10
     cold: bool = True
     seed: int = 0
+    banks: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "repeats"):
@@ -118,19 +121,19 @@ def bench_recall(decoder: Decoder, plan: Plan, tell: Tell = lambda done, total: 
     found: list[Steps] = []
     kinds = [(count, codec) for count in sorted(plan.references) for codec in plan.codecs]
     for done, (count, codec) in enumerate(kinds):
-        with _bank(decoder, count, codec, plan.seed, lambda n, d=done: tell(d * 100 + n, len(kinds) * 100)) as bank:  # type: ignore[misc]
+        with _bank(decoder, count, codec, plan, lambda n, d=done: tell(d * 100 + n, len(kinds) * 100)) as bank:  # type: ignore[misc]
             for cold in (False, True) if plan.cold else (False,):
                 found.append(_recalls(decoder, bank, plan, cold))
     return _report(decoder, plan, found)
 
 
 @contextmanager
-def _bank(decoder: Decoder, count: int, codec: str, seed: int, tell: Callable[[int], None]) -> Iterator[Bank]:
+def _bank(decoder: Decoder, count: int, codec: str, plan: Plan, tell: Callable[[int], None]) -> Iterator[Bank]:
     """A bank of random key-values with random vectors, its indexes built."""
-    with TemporaryDirectory(prefix="memory3-bench-") as folder:
-        rng, chosen = np.random.default_rng(seed), codec_named(codec, decoder.dtype)
-        told = partial(_told, tell=tell, count=count)
-        with random_bank(decoder, Path(folder) / "bank", count, rng, chosen, 4096, RandomVectors(), told) as bank:
+    chosen, told = codec_named(codec, decoder.dtype), partial(_told, tell=tell, count=count)
+    with TemporaryDirectory(prefix="memory3-bench-") if plan.banks is None else nullcontext(str(plan.banks)) as folder:
+        path = Path(folder) / f"{count}-{codec.replace(':', '-')}-seed-{plan.seed}"
+        with random_bank(decoder, path, count, plan.seed, chosen, 4096, RandomVectors(), told) as bank:
             bank.refresh(keep_versions=False)
             yield bank
 
@@ -183,10 +186,11 @@ def _report(decoder: Decoder, plan: Plan, found: Sequence[Steps]) -> Report:
         ratios[f"load_over_raw_{kind}"] = one.percentile("raw", 50) / one.percentile("load", 50)
     if len(warm) > 1:
         ratios[f"recall_at_{warm[-1].references}_over_{warm[0].references}"] = warm[-1].whole / warm[0].whole
+    settings = {**asdict(plan), "banks": None if plan.banks is None else str(plan.banks)}
     return Report(
         "recall",
         Machine.of(decoder.device),
-        {"model": decoder.name, "dtype": str(decoder.dtype).removeprefix("torch."), **asdict(plan)},
+        {"model": decoder.name, "dtype": str(decoder.dtype).removeprefix("torch."), **settings},
         ["bank", *[f"{step}, ms p50 / p95" for step in STEPS], "raw, MB/s"],
         rows,
         ratios,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def random_decoder(preset: str, layers: int | None, dtype: torch.dtype, device: 
 
 def words(decoder: Decoder, rng: np.random.Generator, count: int) -> list[int]:
     """Random token ids, none of them special."""
-    plain = np.setdiff1d(np.arange(len(decoder.tokenizer)), decoder.tokenizer.all_special_ids)
+    plain = np.delete(np.arange(len(decoder.tokenizer)), decoder.tokenizer.all_special_ids)
     return [int(n) for n in rng.choice(plain, count)]
 
 
@@ -67,7 +67,7 @@ def random_bank(
     decoder: Decoder,
     folder: Path,
     count: int,
-    rng: np.random.Generator,
+    seed: int,
     codec: Codec | None = None,
     batch: int = 64,
     embedder: Embedder | None = None,
@@ -75,23 +75,30 @@ def random_bank(
 ) -> Bank:
     """A bank of random texts with random key-values: reading them takes as long as reading true ones.
 
+    What the folder already holds of it stays, so one that was interrupted goes on, and one that is complete is only opened.
+
     Args:
-        batch: references of a commit.
+        folder: of the bank.
+        count: references it shall have.
+        seed: of texts and key-values.
+        codec: of the bank, by default raw in the dtype of the model.
+        batch: references of a commit; another one makes another bank.
         embedder: gives the bank vectors.
         told: of the references done.
+
+    Raises:
+        BankMismatch: the folder holds a bank of another model, spec or codec.
     """
     bank, spec = Bank(folder, decoder, create=True, codec=codec, embedder=embedder), decoder.spec
-    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     positions = torch.arange(spec.slots, dtype=torch.uint8).expand(spec.pairs, -1).contiguous()
-
-    def memories(some: Sequence[Reference]) -> Iterator[Memory]:
-        for _ in some:
-            keys, values = torch.randn(2, spec.pairs, spec.slots, decoder.head_dim, generator=generator).to(decoder.dtype)
-            yield Memory(keys.contiguous(), values.contiguous(), positions)
-
-    for start in range(0, count, batch):
-        some = [Reference(f"{n} {random_text(decoder, rng)}", f"random:{n}") for n in range(start, min(count, start + batch))]
-        bank.add(some, list(memories(some)))
+    shape = (2, spec.pairs, spec.slots, decoder.head_dim)
+    for start in range(len(bank) // batch * batch, count if len(bank) < count else 0, batch):
+        rng = np.random.default_rng([seed, start])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        numbers = range(start, min(count, start + batch))
+        some = [Reference(f"{n} {random_text(decoder, rng)}", f"random:{n}") for n in numbers]
+        made = [torch.randn(shape, generator=generator).to(decoder.dtype).unbind() for _ in some]
+        bank.add(some, [Memory(keys.contiguous(), values.contiguous(), positions) for keys, values in made])
         told(start + len(some))
     return bank
 

@@ -109,6 +109,9 @@ def recall(
     batch: Annotated[int, typer.Option(min=1, help="Queries of a recall.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Recalls of each kind.")] = 10,
     cold: Annotated[bool, typer.Option("--cold/--no-cold", help="Also from the disk, with the page cache dropped.")] = True,
+    banks: Annotated[
+        Path | None, typer.Option(help="Folder in which the banks stay for the next run; an interrupted one goes on there.")
+    ] = None,
     tokens_per_head: TokensPerHead = None,
     model: Model = None,
     device: Device = None,
@@ -122,7 +125,7 @@ def recall(
     from memory3.bench.recalls import Plan, bench_recall
 
     check_picture_file(out)
-    plan = Plan(tuple(references or Plan.references), tuple(codec or Plan.codecs), batch, repeats, cold, seed)
+    plan = Plan(tuple(references or Plan.references), tuple(codec or Plan.codecs), batch, repeats, cold, seed, banks)
     with benched(model, preset, layers, device, dtype) as decoder, progress("measuring") as tell:
         view = decoder if tokens_per_head is None else decoder.using(replace(decoder.spec, tokens_per_head=tokens_per_head))
         report = bench_recall(view, plan, tell)
