@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from memory3.rotation import CaughtRotations
 from memory3.selection import LayerStates, kept_positions, selection
 from memory3.spec import MemorySpec
 
+AT_ONCE = 8 * 2**20
+"""Bytes of logits that a selection makes at a time on a CPU: they are passed over several times, and fit in the cache of a core."""
 Kept = tuple[Tensor, Tensor, Tensor]
 """Keys, values `(N, heads, K, D)` and positions `(N, heads, K)` of one layer."""
 
@@ -62,26 +65,33 @@ class Writing:
         return _gathered(keys, values, positions)
 
     def _positions(self, layer: int, module: nn.Module, states: States, scaling: float | None) -> Tensor:
-        """Places `(N, H, K)` that the selection keeps; all of them need no score."""
+        """Places `(N, H, K)` that the selection keeps; all of them need no score.
+
+        A few references at a time: what a selection makes of them is large, and stays in the processor's cache.
+        """
         if self.spec.slots >= self.mask.shape[1]:
             return self._every_place(states.key)
-        query, key = self._unrotated(layer, module, states)
-        return self._selected(layer, query[:, :, self.skip :], key[:, :, self.skip :], scaling)
+        found = []
+        for rows in _pieces(states.query, self.mask.shape[1]):
+            query, key = (t[..., self.skip :, :] for t in self._unrotated(layer, module, states, rows))
+            found.append(self._selected(layer, query, key, scaling, rows))
+        return torch.cat(found)
 
     def _every_place(self, key: Tensor) -> Tensor:
         length = self.mask.shape[1]
         return torch.arange(length, device=key.device).expand(self.mask.shape[0], key.shape[1], length)
 
-    def _unrotated(self, layer: int, module: nn.Module, states: States) -> tuple[Tensor, Tensor]:
-        query, key = states.query.float(), states.key.float()
-        return self.caught.undo(module, query, key) if self.geometry.rotates[layer] else (query, key)
+    def _unrotated(self, layer: int, module: nn.Module, states: States, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        query, key = states.query[rows].float(), states.key[rows].float()
+        return self.caught.undo(module, query, key, rows) if self.geometry.rotates[layer] else (query, key)
 
-    def _selected(self, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
-        """Places that the selection keeps, from unrotated queries `(N, H * G, T, D)` and keys `(N, H, T, D)`."""
+    def _selected(self, layer: int, query: Tensor, key: Tensor, scaling: float | None, rows: slice = slice(None)) -> Tensor:
+        """Places that the selection keeps, from unrotated queries `(N, H * G, T, D)` and keys `(N, H, T, D)` of some references."""
         grouped = query.unflatten(1, (key.shape[1], -1))
         scale = key.shape[-1] ** -0.5 if scaling is None else scaling
-        scored = LayerStates(grouped, key, self.mask, self.token_ids, scale, layer)
-        return kept_positions(selection(self.spec.selection).score(scored), self.mask, self.spec.slots)[0]
+        mask = self.mask[rows]
+        scored = LayerStates(grouped, key, mask, self.token_ids[rows], scale, layer)
+        return kept_positions(selection(self.spec.selection).score(scored), mask, self.spec.slots)[0]
 
 
 class WritingInContext(Writing):
@@ -111,6 +121,13 @@ class WritingInContext(Writing):
     def _cut(self, states: Tensor) -> Tensor:
         """`(1, heads, L, D)` of the sequence to `(N, heads, T, D)` of the references."""
         return states[0][:, self.places].transpose(0, 1)
+
+
+def _pieces(query: Tensor, length: int) -> Iterator[slice]:
+    """Rows of a batch `(N, heads, T, D)` whose logits in float32 fit in `AT_ONCE` bytes, on a CPU; elsewhere all of them."""
+    count, heads = query.shape[:2]
+    most = max(1, AT_ONCE // (4 * heads * length * length)) if query.device.type == "cpu" else count
+    return (slice(start, start + most) for start in range(0, count, most))
 
 
 def _gathered(keys: Tensor, values: Tensor, positions: Tensor) -> Kept:

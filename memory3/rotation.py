@@ -48,11 +48,14 @@ class CaughtRotations:
         if pair is not None:
             self.found[module] = pair
 
-    def undo(self, module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Unrotated query `(B, H * G, T, D)` and key `(B, H, T, D)` in float32; as they are where nothing was caught."""
+    def undo(self, module: nn.Module, query: Tensor, key: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Unrotated query `(B, H * G, T, D)` and key `(B, H, T, D)` in float32; as they are where nothing was caught.
+
+        Of some rows of the batch alone where `rows` says which they are.
+        """
         if module not in self.found:
             return query.float(), key.float()
-        cosine, sine = (t.float() for t in self.found[module])
+        cosine, sine = ((t if len(t) == 1 else t[rows]).float() for t in self.found[module])
         # A rotation may scale (yarn, longrope): R(s cos, s sin) is s R, and its inverse R(cos, -sin) / s.
         square = cosine.square() + sine.square()
         queries, keys = _family_rotation(module)(query.float(), key.float(), cosine / square, -sine / square)

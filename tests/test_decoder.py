@@ -12,7 +12,9 @@ import pytest
 import torch
 from families import FAMILIES, LONG, tiny_model, tiny_tokenizer
 
+from memory3 import encoding
 from memory3.decoder import Decoder, attach
+from memory3.selection import SELECTIONS
 from memory3.spec import Memory, MemorySpec, SpecError, UnsupportedModel
 
 CLOSE = 1e-4
@@ -97,6 +99,32 @@ def test_write_batch_size_does_not_matter(model: Any, tokenizer: Any) -> None:
             assert torch.equal(alone.positions, batched.positions)
             assert furthest(alone.keys, batched.keys) < CLOSE
             assert furthest(alone.values, batched.values) < CLOSE
+
+
+def test_a_batch_is_selected_from_a_few_references_at_a_time(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    rule = SELECTIONS["received_attention"].score
+
+    def noted(self: Any, states: Any) -> torch.Tensor:
+        asked[-1].append(len(states.keys))
+        return rule(self, states)
+
+    monkeypatch.setattr(SELECTIONS["received_attention"], "score", noted)
+    with attach(model, tokenizer, SPARSE) as decoder:
+        length = max(len(decoder.tokens(fact)) for fact in FACTS)
+        one = 4 * decoder.model.config.get_text_config().num_attention_heads * length**2
+        asked.append([])
+        whole = decoder.encode(FACTS)
+        for most, sizes in ((0, [1, 1, 1]), (2 * one, [2, 1]), (2**40, [3])):
+            monkeypatch.setattr(encoding, "AT_ONCE", most)
+            asked.append([])
+            written = decoder.encode(FACTS)
+            assert asked[-1] == len(decoder.spec.layers or ()) * sizes
+            for first, second in zip(whole, written, strict=True):
+                assert torch.equal(first.positions, second.positions)
+                assert furthest(first.keys, second.keys) < CLOSE
 
 
 def test_prefill_in_one_pass_equals_the_slow_loop_over_chunks(model: Any, tokenizer: Any) -> None:
