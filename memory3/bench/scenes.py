@@ -73,7 +73,7 @@ def random_bank(
     embedder: Embedder | None = None,
     told: Callable[[int], None] = lambda done: None,
 ) -> Bank:
-    """A bank of random texts with random key-values: reading them takes as long as reading true ones.
+    """A bank of random texts of about full length with random key-values: reading them takes as long as reading true ones.
 
     What the folder already holds of it stays, so one that was interrupted goes on, and one that is complete is only opened.
 
@@ -96,7 +96,8 @@ def random_bank(
         rng = np.random.default_rng([seed, start])
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         numbers = range(start, min(count, start + batch))
-        some = [Reference(f"{n} {random_text(decoder, rng)}", f"random:{n}") for n in numbers]
+        texts = [decoder.tokenizer.decode(words(decoder, rng, spec.reference_length)) for _ in numbers]
+        some = [Reference(f"{n} {text}", f"random:{n}") for n, text in zip(numbers, texts, strict=True)]
         made = [torch.randn(shape, generator=generator).to(decoder.dtype).unbind() for _ in some]
         bank.add(some, [Memory(keys.contiguous(), values.contiguous(), positions) for keys, values in made])
         told(start + len(some))
