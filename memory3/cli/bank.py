@@ -14,6 +14,7 @@ from memory3.cli.common import (
     Device,
     Dtype,
     Embedder,
+    EmbedderDtype,
     Json,
     Model,
     TokensPerHead,
@@ -239,7 +240,7 @@ def embed(
     bank: Folder,
     embedder: Embedder = None,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: EmbedderDtype = None,
     as_json: Json = False,
 ) -> None:
     """Give all memories vectors, so that the bank can be searched by meaning; `--embedder none` takes them away."""

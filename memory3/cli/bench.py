@@ -60,7 +60,12 @@ def decode(
     output: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     repeats: Repeats = 3,
     codec: Annotated[str, typer.Option(help="Codec of the way memory-codec.")] = "rotated",
-    way: Annotated[list[str] | None, typer.Option(help="Only these ways; none is always among them.")] = None,
+    way: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only these ways beside none: memory, memory-cold, memory-codec, dense, text-once, text-each-refresh, text-cached."
+        ),
+    ] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,

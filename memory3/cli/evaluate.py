@@ -14,6 +14,7 @@ from memory3.cli.common import (
     Device,
     Dtype,
     Embedder,
+    EmbedderDtype,
     Json,
     Model,
     RetrieverName,
@@ -163,7 +164,7 @@ def ann(
     embedder: Embedder = None,
     seed: Seed = 0,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: EmbedderDtype = None,
 ) -> None:
     """The approximate index at --limit vectors, beside exact search."""
     from memory3.evaluate.ann import measure_ann

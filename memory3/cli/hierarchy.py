@@ -215,7 +215,7 @@ def plan(
     ] = None,
     horizon: Annotated[float, typer.Option(min=0.001, help="Days to plan for.")] = 30.0,
     half_life: Annotated[
-        float | None, typer.Option(help="First let recalls count half after so many days, from now on.")
+        float | None, typer.Option(help="First set the half-life of this bank's recalls, in days; the bank keeps it.")
     ] = None,
     written: Annotated[
         bool, typer.Option("--written", help="Memories of the bank are paid for: only what is still to come counts.")

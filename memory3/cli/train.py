@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from memory3.cli.common import Json, Model, Seed, TokensPerHead, spec_of, training
+from memory3.cli.common import Json, Seed, TokensPerHead, spec_of, training
 
 Stage = Annotated[str, typer.Argument(help="warmup, continual, convert, sft, dpo, or reader (a small one from nothing).")]
 Recipe = Annotated[str | None, typer.Argument(help="Which recipe of the stage; without, its first. `--list` names them.")]
@@ -20,7 +20,12 @@ def train(
         list[str] | None, typer.Option(help="File, folder or hub:NAME of the training data; may be given several times.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of caches, checkpoints, logs and the finished model.")] = None,
-    model: Model = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub name of the decoder to start from; by default the one that ships. Recipes that begin with fresh weights take none."
+        ),
+    ] = None,
     bank: Annotated[str | None, typer.Option(help="continual, sft, dpo: bank whose references are recalled.")] = None,
     spec: Annotated[Path | None, typer.Option(help="JSON of a memory spec, which overrules the model's own.")] = None,
     tokens_per_head: TokensPerHead = None,

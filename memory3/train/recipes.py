@@ -63,7 +63,7 @@ def warmup_paper_0_9b(inputs: Inputs) -> Run:
 def warmup_paper_2_4b(inputs: Inputs) -> Run:
     """The paper's model: 2.43e9 parameters without embeddings, sequences of 2,048 tokens, vocabulary of 60,416.
 
-    Data: the authors' run went on to 3.1e12 tokens before it diverged (design section 4), which is a
+    Data: the authors' run went on to 3.1e12 tokens before it diverged, which is a
     cluster. Hardware: several nodes of GPUs, by `accelerate launch`. Never run here: no figure to expect.
     """
     return _warmup(inputs, lambda vocabulary: paper("paper-2.4b"), 60416, (10_000, 4e-4, 8, 2048))
@@ -112,15 +112,15 @@ def continual_paper(inputs: Inputs) -> Run:
     """The paper's second stage from a warmed-up `--model`: every 64-token chunk of a 2,048-token sequence reads its own
     reference and those of the four chunks before, with the spec's tokens per head from the first step.
 
-    Data: text, and a `--bank` of references. A small model does not learn to read this way within 300 steps (design section
-    4); `thinned` is for those. Hardware: what holds the model four times, and 33 references beside each sequence: a step takes
+    Data: text, and a `--bank` of references. A small model does not learn to read this way within 300 steps;
+    `thinned` is for those. Hardware: what holds the model four times, and 33 references beside each sequence: a step takes
     about twice as long as one of `warmup` (docs/results.md). Nobody has measured what it reaches.
     """
     return _continual(inputs, thinned=False)
 
 
 def continual_thinned(inputs: Inputs) -> Run:
-    """The curriculum of design section 4: the same sequences, but memory is dense at first, with language modelling on the
+    """The curriculum of docs/training.md: the same sequences, but memory is dense at first, with language modelling on the
     references too, and is thinned out by halves over the first half of the run. Memory layers are those of the spec throughout.
 
     Data: text, and a `--bank` of references. Starts from `--model`, warmed up or not. Hardware: as for `paper`; references run through
