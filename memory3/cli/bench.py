@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memory3.cli.common import Device, Dtype, Model, Seed, TokensPerHead, check_picture_file, decoder_of, progress
+from memory3.cli.common import Device, Model, Seed, TokensPerHead, check_picture_file, decoder_of, progress
 
 if TYPE_CHECKING:
     from memory3.decoder import Decoder
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 bench_app = typer.Typer(no_args_is_help=True, help="Measure time and bytes, as ratios from one run.")
 
 Preset = Annotated[str | None, typer.Option(help="Random weights of a shape: paper-2.4b or paper-0.9b.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16; by default that of the model's files, with --preset bfloat16 where the machine computes in it."
+    ),
+]
 Layers = Annotated[int | None, typer.Option(min=1, help="With --preset: keep so many layers.")]
 Picture = Annotated[Path | None, typer.Option(help="Picture of the table.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Turns of each way; the median counts.")]

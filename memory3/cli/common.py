@@ -38,9 +38,7 @@ Sample = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Sa
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU where there is one.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        help="float32, bfloat16 or float16; by default that of the model's files (of --preset: bfloat16 where the machine computes in it)."
-    ),
+    typer.Option(help="float32, bfloat16 or float16; by default that of the model's files."),
 ]
 EmbedderDtype = Annotated[
     str | None, typer.Option("--dtype", help="Of the embedder: float32 (the default), bfloat16 or float16.")

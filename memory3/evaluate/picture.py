@@ -46,6 +46,10 @@ def check_picture(path: Path) -> None:
         raise Memory3Error(f"found a picture named {path.name}, expected one that ends in .{', .'.join(known)}")
 
 
+BAND = 50
+"""Most tokens of a reference beside each other in the picture of `draw_reading`."""
+
+
 @torch.no_grad()
 def draw_reading(decoder: Decoder, question: str, completion: Completion, path: Path) -> None:
     """Draw, for the most cited reference of an answer, the tokens that each memory head kept and what it attended to.
@@ -77,16 +81,23 @@ def draw_reading(decoder: Decoder, question: str, completion: Completion, path: 
 
 
 def _heat(paid: torch.Tensor, words: Sequence[str], labels: Sequence[str], title: str, path: Path) -> None:
+    """Bands of at most `BAND` tokens, one below the other, so that the words stay readable on a page."""
     pyplot = pyplot_module()
     words, title = [printable(word) for word in words], printable(title)
-    figure, axes = pyplot.subplots(figsize=(max(9.0, 0.24 * len(words)), 1.6 + 0.26 * len(labels)), constrained_layout=True)
+    bands = max(1, -(-len(words) // BAND))
+    width = -(-len(words) // bands)
+    height = 0.9 + bands * (0.9 + 0.2 * len(labels))
+    figure, rows = pyplot.subplots(bands, figsize=(max(9.0, 0.22 * width), height), constrained_layout=True, squeeze=False)
     colours = pyplot.get_cmap("Blues").with_extremes(bad="#d9d9d9")
     top = max(1e-6, float(torch.nan_to_num(paid).max()))
-    image = axes.imshow(paid.numpy(), aspect="auto", cmap=colours, vmin=0, vmax=top)
-    axes.set_xticks(range(len(words)), words, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.set_title(f"{title}\ngrey: not kept; darker: more attention paid by the answer", fontsize=10)
-    figure.colorbar(image, ax=axes, label="weight in the joint softmax", pad=0.01)
+    for band, [axes] in enumerate(rows):
+        here = slice(band * width, (band + 1) * width)
+        image = axes.imshow(paid[:, here].numpy(), aspect="auto", cmap=colours, vmin=0, vmax=top)
+        axes.set_xlim(-0.5, width - 0.5)
+        axes.set_xticks(range(len(words[here])), words[here], rotation=90, fontsize=9)
+        axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    figure.suptitle(f"{title}\ngrey: not kept; darker: more attention paid by the answer", fontsize=11)
+    figure.colorbar(image, ax=list(rows[:, 0]), label="weight in the joint softmax", pad=0.01)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the font lacks some scripts; a box stands there
