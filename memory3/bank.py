@@ -17,12 +17,12 @@ import torch
 from memory3.catalogue import FOLDER, KEPT_VERSIONS, Catalogue, Entry, Span
 from memory3.codebook import CODEBOOK
 from memory3.codec import RawCodec
-from memory3.documents import is_part
+from memory3.documents import files_of
 from memory3.embedding import Embedder, VectorSpace
 from memory3.guard import LOCK, WAIT_S, Guard, replaced_bank
 from memory3.journal import Deletion
 from memory3.manifest import MANIFEST, Manifest
-from memory3.reader import BankReader, MemoryWriter, version_name
+from memory3.reader import BankReader, MemoryWriter, encodable, lengths_of, version_name
 from memory3.record import Codec, short
 from memory3.shards import NO_RECORD, Place, Shards, bytes_under
 from memory3.spec import BankError, BankMismatch, Memory, Reference
@@ -131,7 +131,8 @@ class Bank(BankReader):
         """Store a batch of references as text alone, to be encoded when they are read; how many were new.
 
         Raises:
-            BankError: a reference that saw its surroundings, the disk is full, or another process writes.
+            BankError: a reference that saw its surroundings, that is empty or over-long, the disk is full, or another process
+                writes; nothing is stored then.
         """
         by_id = {r.id: _storable(r) for r in reversed(references)}
         if any(r.context for r in references):
@@ -142,7 +143,7 @@ class Bank(BankReader):
         with self.exclusive():
             new = [by_id[id] for id in self.missing(r.id for r in references)]
             if new:
-                self._append(new, lambda: [NO_RECORD] * len(new))
+                self._append(new, lambda: [NO_RECORD] * len(new), encodable(self.decoder, new))
             self._catalogue.add_spans(references)
         return len(new)
 
@@ -237,7 +238,8 @@ class Bank(BankReader):
         wanted = list(dict.fromkeys(ids))
         with self.exclusive():
             self._refuse_unknown(self.missing(wanted))
-            self._forget(wanted)
+            if wanted:  # what is deleted leaves every earlier state; where nothing is, they stay
+                self._forget(wanted)
         return len(wanted)
 
     def delete_source(self, *sources: str) -> int:
@@ -247,7 +249,8 @@ class Bank(BankReader):
         """
         with self.exclusive():
             spans = self._catalogue.spans_of(sources)
-            unknown = [source for source in sources if not any(is_part(span[1], source) for span in spans)]
+            known = {file for _, source, _, _ in spans for file in files_of(source)}
+            unknown = [source for source in sources if source not in known]
             if unknown:
                 raise BankError(
                     f"{self.path} has nothing of {unknown[0]!r}: the sources are listed by memory3 bank list {self.path}"
@@ -392,11 +395,10 @@ class Bank(BankReader):
                 Catalogue(self.path / FOLDER, create=True, space=space)
                 manifest.save(self.path)
 
-    def _append(self, references: Sequence[Reference], stored: Callable[[], Sequence[Place]]) -> None:
-        assert self.decoder is not None, "exclusive() has checked"
-        lengths = [
-            len(ids) for ids in self.decoder.tokenizer([r.text for r in references], add_special_tokens=False)["input_ids"]
-        ]
+    def _append(
+        self, references: Sequence[Reference], stored: Callable[[], Sequence[Place]], counted: Sequence[int] | None = None
+    ) -> None:
+        lengths = lengths_of(self.decoder, references) if counted is None else counted
         vectors = [None] * len(lengths) if self.space is None else self.embedder.embed([r.text for r in references])
         self._catalogue.add_memories([Entry(*row) for row in zip(references, lengths, stored(), vectors, strict=True)])
 

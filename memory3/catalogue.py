@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from memory3.documents import is_part
+from memory3.documents import files_of
 from memory3.embedding import VectorSpace
 from memory3.shards import Place
 from memory3.spec import BankError, Reference
@@ -19,6 +19,7 @@ from memory3.states import States, Version
 from memory3.tables import (
     ADAPTER,
     CONTEXT,
+    SPAN,
     VECTOR,
     Table,
     among,
@@ -27,6 +28,7 @@ from memory3.tables import (
     memories_schema,
     quoted,
     sources_schema,
+    spans_of,
     unreadable,
     writing,
 )
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 FOLDER = "index.lance"
 _TIES = 32
 KEPT_VERSIONS = timedelta(hours=1)
-_FILES_PER_QUERY = 128
 PROBED, REFINED = 112, 6
 """Parts of an approximate index that a search looks at (of 1,000 for a million vectors), and how many candidates per hit it then compares
 exactly (figures: docs/results.md)."""
@@ -286,7 +287,7 @@ class Catalogue:
 
         wanted = dict.fromkeys((r.id, r.source, r.start, r.end) for r in references)
         known = set(self._spans(dict.fromkeys(row[0] for row in wanted)))
-        new = [dict(zip(_SPAN, row, strict=True)) for row in wanted if row not in known]
+        new = [dict(zip(SPAN, row, strict=True)) for row in wanted if row not in known]
         if new:
             with writing(self.folder):
                 self._sources.raw.add(pa.Table.from_pylist(new, schema=sources_schema()))
@@ -311,15 +312,7 @@ class Catalogue:
 
     def spans_of(self, files: Sequence[str]) -> list[Span]:
         """All spans of some files, of their rows, pages and chapters too."""
-        found: list[Span] = []
-        for n in range(0, len(files), _FILES_PER_QUERY):
-            some = files[n : n + _FILES_PER_QUERY]
-            condition = " OR ".join(f"starts_with(source, {quoted(file)})" for file in some)
-            rows = self._sources.rows(condition, _SPAN)
-            found += [
-                (r["memory"], r["source"], r["start"], r["end"]) for r in rows if any(is_part(r["source"], f) for f in some)
-            ]
-        return found
+        return spans_of(self._sources, files, files_of)
 
     def left_without(self, spans: Iterable[Span]) -> list[str]:
         """Memories that would be left without any span if these went."""
@@ -426,11 +419,8 @@ class Catalogue:
                 table.purge()
 
     def _spans(self, ids: Iterable[str]) -> Iterator[Span]:
-        for row in self._sources.rows_with("memory", ids, _SPAN):
+        for row in self._sources.rows_with("memory", ids, SPAN):
             yield row["memory"], row["source"], row["start"], row["end"]
-
-
-_SPAN = ("memory", "source", "start", "end")
 
 
 def _nearest(table: Any, vector: np.ndarray, k: int) -> Any:

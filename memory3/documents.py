@@ -86,11 +86,10 @@ def documents(
     return (document for path in paths for document in _documents(path, text_field, told, on_read or _ignore))
 
 
-def is_part(source: str, file: str) -> bool:
-    """Whether a document's name is that of a file, or of a row, page or chapter in it."""
-    if not source.startswith(file):
-        return False
-    return source == file or _PART.fullmatch(source[len(file) :]) is not None
+def files_of(source: str) -> list[str]:
+    """Names of files that a document of this name can be, or be a row, page or chapter of."""
+    ends = [match.start() for match in re.finditer("[:#]", source)]
+    return [source, *(source[:end] for end in ends if _PART.fullmatch(source, end))]
 
 
 _PART = re.compile(r":\d+|#page=\d+|#.+\.x?html?")

@@ -45,7 +45,8 @@ def load(
         spec: overrules the model's own spec.
         device: where it runs, `cpu` or `cuda:1` for instance; by default the first GPU, or the CPU where there is none.
         dtype: `float32`, `bfloat16` or `float16`; by default the dtype of its files. A warning says where float32 would be faster by far.
-        options: go to `AutoModelForCausalLM.from_pretrained` (device_map, …). Remote code is never run, and only
+        options: go to `AutoModelForCausalLM.from_pretrained` (device_map, …); those that say which files are meant (revision, subfolder,
+            cache_dir, token) to the tokenizer too. Remote code is never run, and only
             safetensors are read.
 
     Raises:
@@ -62,7 +63,7 @@ def load(
     name, adapters = base_of(model)
     try:
         with without_bars():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_where(options))
             loaded = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **options).eval()
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -76,7 +77,8 @@ def load(
     if dtype is None:
         warn_of_slow_halves(loaded)
     decoder = attach(loaded, tokenizer, spec)
-    _remember(decoder, [_folder_of(name), *adapters])
+    if _SAME_WEIGHTS.issuperset(options):
+        _remember(decoder, [_folder_of(name, _where(options)), *adapters])
     decoder.adapters = [adapter_fingerprint(adapter) for adapter in adapters]
     return decoder
 
@@ -150,13 +152,31 @@ def _placed(model: Any, device: str | None) -> Any:
         raise ModelError(f"found no device {wanted!r} ({reason}), expected cpu, or cuda where there is a GPU") from None
 
 
-def _folder_of(name: str) -> Path:
+_WHERE = frozenset({"revision", "subfolder", "cache_dir", "token", "local_files_only"})
+_SAME_WEIGHTS = _WHERE | {
+    "dtype",
+    "torch_dtype",
+    "device_map",
+    "max_memory",
+    "attn_implementation",
+    "quantization_config",
+}
+"""Options of a load behind which the files, the dtype and the quantisation say what the weights are; with any other their fingerprint is
+made anew."""
+
+
+def _where(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that say which files of a name are meant."""
+    return {name: options[name] for name in _WHERE if name in options}
+
+
+def _folder_of(name: str, where: dict[str, Any]) -> Path:
     """Where the files of a model lie: the folder itself, or the hub's snapshot on this machine."""
     from transformers.utils import cached_file
 
     if Path(name).is_dir():
-        return Path(name)
-    return Path(cached_file(name, "config.json", local_files_only=True)).parent
+        return Path(name, str(where.get("subfolder", "")))
+    return Path(cached_file(name, "config.json", **(where | {"local_files_only": True}))).parent
 
 
 def _remember(decoder: Decoder, folders: Sequence[Path]) -> None:

@@ -17,7 +17,7 @@ from memory3.manifest import FORMAT_VERSION, Manifest
 from memory3.shards import NO_RECORD, Place
 from memory3.spec import BankError, Memory, MemorySpec, Reference
 from memory3.states import Version
-from memory3.tables import check_id
+from memory3.tables import check_id, is_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -72,6 +72,25 @@ class Records(Protocol):
 
     def close(self) -> None:
         """Let go of what is held; a later read takes it again."""
+
+
+def lengths_of(decoder: MemoryWriter | None, references: Sequence[Reference]) -> list[int]:
+    """Tokens of each text."""
+    assert decoder is not None, "only a bank with its writer is written to"
+    return [len(ids) for ids in decoder.tokenizer([r.text for r in references], add_special_tokens=False)["input_ids"]]
+
+
+def encodable(decoder: MemoryWriter | None, references: Sequence[Reference]) -> list[int]:
+    """The same of texts that will be encoded when they are recalled; `BankError` where that would not be possible then."""
+    assert decoder is not None, "only a bank with its writer is written to"
+    lengths, most = lengths_of(decoder, references), decoder.spec.reference_length
+    for reference, length in zip(references, lengths, strict=True):
+        if not 1 <= length <= most:
+            raise BankError(
+                f"found a reference at {reference.source!r}:{reference.start} with {length} tokens, expected 1 to {most}: "
+                "split it with memory3.references(SOURCE, decoder)"
+            )
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -130,7 +149,7 @@ class BankReader:
         return len(self._catalogue)
 
     def __contains__(self, id: object) -> bool:
-        return isinstance(id, str) and bool(self._catalogue.locate([id]))
+        return isinstance(id, str) and is_id(id) and bool(self._catalogue.locate([id]))
 
     @property
     def record_bytes(self) -> int:

@@ -139,7 +139,10 @@ class Recall:
         if self.count < 1:
             raise SpecError(f"found count={self.count}, expected at least 1 reference per recall")
         self.min_score, self.max_overlap = min_score, max_overlap
+        if cache_bytes < 0:
+            raise SpecError(f"found cache_bytes={cache_bytes}, expected at least 0")
         self.cache, self.counted = MemoryCache(cache_bytes), counted
+        self._waiting: dict[_Key, bytes] = {}
         self.fixed = None if references is None else list(references)
         self.retriever = retriever or ("lexical" if self.fixed is not None else default_retriever(self.banks))
         self._retrievers: list[Retriever] = [RETRIEVERS[self.retriever](bank) for bank in self.banks]
@@ -196,8 +199,9 @@ class Recall:
         for b, bank in enumerate(self.banks):
             version = bank.version
             if version != self._versions[b]:
-                for id in bank.missing(self.cache.ids(b)):
+                for id in bank.missing([*self.cache.ids(b), *(id for holder, id in self._waiting if holder == b)]):
                     self.cache.drop((b, id))
+                    self._waiting.pop((b, id), None)
                 self._versions[b] = version
 
     def _filtered(self, found: list[list[_Found]], texts: Sequence[str]) -> list[list[_Found]]:
@@ -292,9 +296,16 @@ class Recall:
             if used:
                 inside = [id for id in used if (b, id) in known]
                 bank.count_uses(used, self._versions[b], made, inside)
-            if made and (tiers := self._tiers[b]) is not None and tiers.settle(made) is None:
-                for id in made:  # so that the next recall tries again
-                    self.cache.drop((b, id))
+            waiting = {id: self._waiting.pop((b, id)) for id in dict.fromkeys(used) if (b, id) in self._waiting}
+            offered = waiting | made
+            if offered and (tiers := self._tiers[b]) is not None and tiers.settle(offered) is None:
+                self._wait({(b, id): record for id, record in offered.items()})
+
+    def _wait(self, records: Mapping[_Key, bytes]) -> None:
+        """Hold records that could not be settled until their next use; the newest ones, as many as half of the cache may be."""
+        self._waiting |= records
+        while self._waiting and sum(map(len, self._waiting.values())) > self.cache.limit_bytes // 2:
+            del self._waiting[next(iter(self._waiting))]
 
 
 def _by_bank(keys: Iterable[_Key]) -> dict[int, list[str]]:

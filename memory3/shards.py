@@ -17,6 +17,8 @@ NO_RECORD: Place = (-1, -1)
 
 ID_OFFSET = 16
 """Where a record holds the id of its memory."""
+OPEN_FILES = 128
+"""Shard files that are held open: far below the files that a process may have, which banks of terabytes have more of."""
 _NAME = re.compile(r"(\d{5})\.kv")
 
 
@@ -201,8 +203,13 @@ class Shards:
         inode, descriptor = self._opened.get(shard, (None, -1))
         if inode != path.stat().st_ino:
             self._close(shard)
+            while len(self._opened) >= OPEN_FILES:
+                self._close(next(iter(self._opened)))
             descriptor = os.open(path, os.O_RDONLY)
-            self._opened[shard] = (os.fstat(descriptor).st_ino, descriptor)
+            inode = os.fstat(descriptor).st_ino
+        else:
+            del self._opened[shard]  # the one used last stands last
+        self._opened[shard] = (inode, descriptor)
         return descriptor
 
     def _close(self, shard: int) -> None:

@@ -23,7 +23,11 @@ ADAPTER = "adapter"
 """Column of `memories` that only banks have where a reference was moved into the parameters of an adapter."""
 FEWEST_FOR_ANN = 32_768
 """Vectors from which on an approximate index is built; figures on both sides of it stand in docs/results.md."""
-_IDS_PER_QUERY = 1024
+UNINDEXED = 1 / 16
+"""Share of the vectors that may have come since their index was made: a search looks at each of these, until the index is made anew."""
+SPAN = ("memory", "source", "start", "end")
+"""Columns of `sources`."""
+_IDS_PER_QUERY, _FILES_BY_QUERY = 1024, 128
 _ATTEMPTS = 4
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -149,10 +153,13 @@ class Table:
     def optimise(self, keep: timedelta) -> None:
         """Bring the indexes up to date, join small files, and drop versions that no tag names and that another one followed
         longer than `keep` ago.
+
+        The index of vectors is left to `index`: Lance would join its parts to a few, all of which every search then reads.
         """
         stored = self.dataset()
         stored.optimize.compact_files()
-        stored.optimize.optimize_indices()
+        others = [found.name for found in stored.describe_indices() if VECTOR not in found.field_names]
+        stored.optimize.optimize_indices(index_names=others)
         self.raw.checkout_latest()
         index(self.raw, self.name)
         made = [row["timestamp"] for row in self.dataset().versions()]
@@ -187,7 +194,7 @@ def create(database: Any, vector: pa.Field | None = None) -> None:
 
 
 def index(table: Any, name: str, replace: bool = False) -> None:
-    """Make the indexes that a table lacks, or with `replace` all of them anew."""
+    """Make the indexes that a table lacks, or that it has outgrown, or with `replace` all of them anew."""
     from lancedb.index import BTree, IvfRq
 
     wanted: dict[str, Any] = {
@@ -198,10 +205,16 @@ def index(table: Any, name: str, replace: bool = False) -> None:
     if vectors >= FEWEST_FOR_ANN:
         parts = round(vectors**0.5)
         wanted[VECTOR] = IvfRq(distance_type="dot", num_partitions=parts, sample_rate=64, max_iterations=20)
-    made = [column for existing in table.list_indices() for column in existing.columns]
+    made = {column: existing.name for existing in table.list_indices() for column in existing.columns}
     for column, config in wanted.items():
-        if replace or column not in made:
-            table.create_index(column, config=config, replace=replace)
+        anew = replace or (column == VECTOR and column in made and _outgrown(table.index_stats(made[column])))
+        if anew or column not in made:
+            table.create_index(column, config=config, replace=anew)
+
+
+def _outgrown(stats: Any) -> bool:
+    """Whether so many vectors came since the index was made that looking at each of them at every search costs more."""
+    return bool(stats.num_unindexed_rows > stats.num_indexed_rows * UNINDEXED)
 
 
 def _words() -> Any:
@@ -227,9 +240,35 @@ def sources_schema() -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields.items()])
 
 
+def is_id(id: str) -> bool:
+    """Whether it is 32 hexadecimal digits."""
+    return _ID.fullmatch(id) is not None
+
+
+def spans_of(sources: Table, files: Sequence[str], files_of: Callable[[str], Iterable[str]]) -> list[tuple[str, str, int, int]]:
+    """Rows of `sources` whose source is one of these files, or a row, page or chapter of one: `files_of` names those of a source.
+
+    Many files are looked for in the whole table at once: a condition on them would look through it for every few.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if len(files) <= _FILES_BY_QUERY:
+        condition = " OR ".join(f"starts_with(source, {quoted(file)})" for file in files)
+        table = sources.read(lambda table: table.search().where(condition).select(list(SPAN)).to_arrow()) if files else None
+    else:
+        table = sources.column(*SPAN)
+    if table is None:
+        return []
+    wanted = set(files)
+    theirs = [name for name in table["source"].unique().to_pylist() if wanted.intersection(files_of(name))]
+    rows = table.filter(pc.is_in(table["source"], value_set=pa.array(theirs, pa.string())))
+    return list(zip(*(rows[name].to_pylist() for name in SPAN), strict=True))
+
+
 def check_id(id: str) -> str:
     """The id itself; `BankError` where it is not 32 hexadecimal digits."""
-    if not isinstance(id, str) or not _ID.fullmatch(id):
+    if not isinstance(id, str) or not is_id(id):
         raise BankError(f"found memory id {id!r}, expected 32 hexadecimal digits: take it from a citation or a search")
     return id
 

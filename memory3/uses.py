@@ -151,9 +151,9 @@ class Uses:
             open_.executemany(_WAY, [{"id": id, "way": ENCODED, "n": 1} for id in ids])
 
     def set_half_life(self, days: float) -> None:
-        """Let a recall count half after so many days, from now on; `SpecError` below 0, `BankError` where it cannot be noted."""
-        if not days > 0:
-            raise SpecError(f"found a half-life of {days} days, expected more than 0")
+        """Let a recall count half after so many days, from now on; `SpecError` where that is no number above 0, `BankError` where it cannot be noted."""
+        if not 0 < days < float("inf"):
+            raise SpecError(f"found a half-life of {days} days, expected more than 0, and not for ever")
         now = self._clock()
         try:
             with self._changed() as open_:

@@ -243,7 +243,7 @@ def _windows(references: Iterable[Reference]) -> Iterator[list[Reference]]:
 def _divided(window: Sequence[Reference], bank: Bank, lazy: bool = False) -> tuple[list[Reference], list[Reference]]:
     """The first reference of each content that the bank does not have, or not as wanted, and the rest."""
     ids = [reference.id for reference in window]
-    missing = set(bank.missing(ids) if lazy else bank.unwritten(ids))
+    missing = set(bank.missing(ids)) | (set() if lazy else set(bank.texts_among(ids)))
     new: list[Reference] = []
     rest: list[Reference] = []
     for reference in window:

@@ -15,6 +15,7 @@ from fakes import FakeDecoder, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memory3 import shards, tables
 from memory3.bank import Bank
 from memory3.codec import RawCodec
 from memory3.manifest import FORMAT_VERSION
@@ -30,6 +31,51 @@ def filled(path: Path, *texts: str, **options: object) -> tuple[Bank, list[Refer
     bank = Bank(path, decoder, create=True, **options)  # type: ignore[arg-type]
     bank.add(references, decoder.encode(texts))
     return bank, references
+
+
+def test_spans_of_many_files_are_those_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [
+        "a.jsonl:3",
+        "a.jsonl:30",
+        "a.jsonl",
+        "b'%_.pdf#page=2",
+        "c.epub#text/ch:1.xhtml",
+        "a.jsonl.txt",
+        "d#1.txt",
+        "d#1",
+    ]
+    decoder = FakeDecoder()
+    bank = Bank(tmp_path, decoder, create=True)
+    references = [Reference(f"text {n}", source, n, n + 6) for n, source in enumerate(sources)]
+    bank.add(references, decoder.encode([r.text for r in references]))
+
+    def found(*files: str) -> list[str]:
+        return sorted(source for _, source, _, _ in bank.spans_of(files))
+
+    wanted = {"a.jsonl": sources[:3], "b'%_.pdf": sources[3:4], "c.epub": sources[4:5], "d#1": sources[7:], "e": [], "a": []}
+    for most in (128, 1):
+        monkeypatch.setattr(tables, "_FILES_BY_QUERY", most)
+        assert {file: found(file) for file in wanted} == {file: sorted(names) for file, names in wanted.items()}
+        assert found(*wanted) == sorted(name for names in wanted.values() for name in names)
+    assert bank.spans_of([]) == []
+
+
+def test_a_bank_of_many_shards_holds_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "OPEN_FILES", 2)
+    texts = [f"text {n}" for n in range(5)]
+    bank, references = filled(tmp_path, *texts, max_shard_bytes=1)
+    assert len({shard for shard, _ in bank.places().values()}) == 5
+    before = len(os.listdir("/proc/self/fd"))
+    for reference in (*references, *references):
+        [memory] = bank.read([reference.id])
+        assert same(memory, FakeDecoder().encode([reference.text])[0])
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_what_is_no_id_is_not_in_a_bank(tmp_path: Path) -> None:
+    bank, [one] = filled(tmp_path, "one")
+    assert one.id in bank
+    assert "hello" not in bank and 3 not in bank
 
 
 @settings(max_examples=15, deadline=None)

@@ -160,6 +160,27 @@ def test_an_approximate_index_finds_the_same_and_forgets_with_the_bank(tmp_path:
     assert traces_of(bank, texts[7]) == []
 
 
+def test_an_approximate_index_keeps_its_parts_until_it_is_outgrown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "FEWEST_FOR_ANN", 256)
+    random = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in random.integers(0, 500, 12)) for _ in range(460)]
+    bank = made(tmp_path, FakeEmbedder(), texts[:400])
+
+    def parts() -> tuple[int, int]:
+        table = bank._catalogue._memories
+        [name] = [index.name for index in table.raw.list_indices() if tables.VECTOR in index.columns]
+        [segment] = table.dataset().stats.index_stats(name)["indices"]
+        return segment["num_partitions"], table.raw.index_stats(name).num_unindexed_rows
+
+    assert parts() == (20, 0)
+    assert bank.decoder is not None
+    for count, expected in ((420, (20, 20)), (460, (21, 0))):  # a sixteenth of 400 is 25
+        write(bank.decoder, [Reference(text, "more") for text in texts[:count]], bank)
+        bank.refresh()
+        assert parts() == expected
+        assert all(bank.nearest([text], 1)[0][0].id == Reference(text).id for text in texts[count - 20 : count])
+
+
 def test_a_rebuilt_bank_keeps_its_embedder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embedder = FakeEmbedder()
     made(tmp_path / "bank", embedder).close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,36 @@ def test_padding_and_truncation_are_settings_of_a_call_and_not_of_the_tokenizer(
     tokenizer(["a", "bbb"], padding=True, truncation=True, max_length=2)
     assert tokenizer_fingerprint(tokenizer) == before
     assert tokenizer_fingerprint(tiny_tokenizer(bos=False)) != before
+
+
+def test_a_revision_has_its_own_tokenizer_and_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMORY3_CACHE", str(tmp_path / "cache"))
+    hub = tmp_path / "hub" / "models--org--toy"
+    (hub / "refs").mkdir(parents=True)
+    for name, commit, bos in (("main", "a" * 40, True), ("v2", "b" * 40, False)):
+        (hub / "refs" / name).write_text(commit)
+        made = tiny_model("llama")
+        if name == "v2":
+            with torch.no_grad():
+                made.model.layers[0].mlp.up_proj.weight.add_(0.1)
+        made.save_pretrained(hub / "snapshots" / commit)
+        tiny_tokenizer(bos=bos).save_pretrained(hub / "snapshots" / commit)
+
+    def loaded(**options: Any) -> tuple[str, bool]:
+        with load("org/toy", cache_dir=str(tmp_path / "hub"), local_files_only=True, **options) as decoder:
+            return weights(decoder), bool(decoder.bos_ids)
+
+    (first, with_bos), (second, without) = loaded(), loaded(revision="v2")
+    assert first != second and with_bos and not without
+    assert (loaded()[0], loaded(revision="v2")[0]) == (first, second)
+    shutil.rmtree(hub / "snapshots" / ("a" * 40))
+    (hub / "refs" / "main").unlink()
+    assert loaded(revision="v2")[0] == second
+    kept = list((tmp_path / "cache" / "fingerprints").iterdir())
+    for file in kept:
+        file.write_text("0" * 32)
+    assert loaded(revision="v2")[0] == "0" * 32
+    assert loaded(revision="v2", tie_word_embeddings=False)[0] == second  # who knows what that changes
 
 
 def test_a_remembered_fingerprint_is_that_of_the_same_files_in_the_same_dtype(

@@ -79,6 +79,14 @@ def test_a_deletion_drops_tags_and_says_so_to_who_asks_for_them(tmp_path: Path) 
         Bank(tmp_path, at="kept")
 
 
+def test_a_deletion_of_nothing_leaves_tags_and_states(tmp_path: Path) -> None:
+    bank, _ = filled(tmp_path, "one word", "two words")
+    bank.tag("release")
+    states = bank.versions()
+    assert (bank.delete([]), bank.delete_where("tokens > 100000")) == (0, 0)
+    assert (list(bank.tags()), bank.versions()) == (["release"], states)
+
+
 def test_versions_and_tags_on_the_command_line(tmp_path: Path) -> None:
     bank, _ = filled(tmp_path / "bank", "one word", "two words")
     runner, at = CliRunner(), str(tmp_path / "bank")

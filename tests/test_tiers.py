@@ -217,6 +217,53 @@ def test_who_has_the_adapter_reads_nothing_and_who_has_not_reads_the_text(tmp_pa
         bank.give(["ef" * 16], "ab" * 16)
 
 
+def test_what_an_adapter_knows_is_not_encoded_again_by_a_write(tmp_path: Path) -> None:
+    bank, decoder = banked(tmp_path, lazy=False)
+    bank.give([references()[0].id], "ab" * 16)
+    encoded = len(decoder.encoded)
+    report = write(decoder, [*references(), Reference(TEXTS[0], "elsewhere", 0, 9)], bank)
+    assert (report.references, len(decoder.encoded)) == (0, encoded)
+    assert bank.sources()["elsewhere"] == 1
+    assert Tiers(bank).report()["tiers"] == {"text": 0, "memory": 3, "parameters": 1}
+
+
+@pytest.mark.parametrize("text", ["tower " * 100, ""])
+def test_a_text_that_no_recall_could_encode_is_refused_when_it_is_written(tmp_path: Path, text: str) -> None:
+    bank, decoder = banked(tmp_path)
+    wrong = Reference(text, "notes/long.md", 7, 8)
+    with pytest.raises(BankError, match=rf"found a reference at 'notes/long.md':7 with {count(text)} tokens, expected 1 to 32"):
+        write(decoder, [Reference("Another text.", "more"), wrong], bank, lazy=True)
+    assert (len(bank), bank.sources()) == (4, {"notes": 4})
+
+
+def test_what_cannot_be_settled_now_is_settled_at_its_next_use_and_not_encoded_again(tmp_path: Path) -> None:
+    bank, decoder = banked(tmp_path)
+    recall = Recall(bank, count=1)
+    with Bank(tmp_path, FakeDecoder()).locked():
+        for _ in range(3):
+            [found] = recall(["tower"])
+            assert same(found.memories[0], decoder._memory(TEXTS[0]))
+        assert (decoder.encoded, kept(bank)) == (TEXTS[:1], set())
+    recall(["salt"])
+    assert kept(bank) == {"salt"}
+    recall(["tower"])
+    assert (decoder.encoded, kept(bank)) == (TEXTS[:2], {"tower", "salt"})
+
+
+def test_records_that_wait_are_few_and_go_with_what_is_deleted(tmp_path: Path) -> None:
+    bank, _ = banked(tmp_path)
+    recall = Recall(bank, count=1, cache_bytes=5 * bank.record_bytes)
+    with Bank(tmp_path, FakeDecoder()).locked():
+        for word in WORDS:
+            recall([word])
+    assert [id for _, id in recall._waiting] == [r.id for r in references()[2:]]
+    bank.delete([references()[2].id])
+    recall(["tower"])
+    assert [id for _, id in recall._waiting] == [references()[3].id]
+    with pytest.raises(SpecError, match="found cache_bytes=-1"):
+        Recall(bank, cache_bytes=-1)
+
+
 def test_the_report_counts_what_was_paid_and_what_texts_would_have_cost(tmp_path: Path) -> None:
     bank, decoder = banked(tmp_path)
     Settings(shape=SHAPE).save(tmp_path)

@@ -97,6 +97,8 @@ def test_another_half_life_holds_from_now_on(uses: Uses, clock: Clock) -> None:
     assert uses.history().half_life_days == 10
     with pytest.raises(SpecError, match="half-life of 0 days"):
         uses.set_half_life(0)
+    with pytest.raises(SpecError, match="found a half-life of inf days"):
+        uses.set_half_life(float("inf"))
 
 
 def test_a_clock_that_runs_backwards_takes_no_count(uses: Uses, clock: Clock) -> None:

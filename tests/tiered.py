@@ -51,7 +51,7 @@ def limit_for(bank: Bank, records: int) -> int:
 def limited(path: Path, records: int) -> Bank:
     """A lazy bank whose records are large beside its tables."""
     decoder = FakeDecoder(
-        MemorySpec(layers=tuple(range(16)), heads=((0, 1, 2, 3),) * 16, tokens_per_head=64, reference_length=64)
+        MemorySpec(layers=tuple(range(16)), heads=((0, 1, 2, 3),) * 16, tokens_per_head=64, reference_length=128)
     )
     bank = Bank(path, decoder, create=True)
     write(decoder, references(), bank, lazy=True)
