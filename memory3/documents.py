@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -52,7 +53,9 @@ class Document:
     markdown: bool = False
 
 
-_XML_ERRORS = (KeyError, zipfile.BadZipFile, ElementTree.ParseError, ExpatError)
+_ZIP_ERRORS = (KeyError, zipfile.BadZipFile, zlib.error, RuntimeError)
+"""What a damaged archive raises, and as `RuntimeError` one that is encrypted or packed in an unknown way."""
+_XML_ERRORS = (*_ZIP_ERRORS, ElementTree.ParseError, ExpatError)
 """What a damaged archive of XML files raises."""
 
 OnUnreadable = Callable[[SourceError], None]
@@ -225,7 +228,7 @@ def _docx(path: Path, name: str, text_field: str, told: OnUnreadable) -> Iterato
         try:
             with path.open("rb") as file:
                 html = mammoth.convert_to_html(file, convert_image=mammoth.images.img_element(lambda image: {})).value
-        except (*_XML_ERRORS, ValueError, OSError, RecursionError) as error:
+        except (*_XML_ERRORS, ValueError, OSError) as error:
             raise SourceError(f"{name} is no Word document ({_first_line(error)}): restore or convert it") from None
     yield Document(name, _readable(html, name), markdown=True)
 
@@ -235,9 +238,15 @@ def _epub(path: Path, name: str, text_field: str, told: OnUnreadable) -> Iterato
     with _archive(path, name) as archive:
         for part in _spine(archive, name):
             try:
-                yield Document(f"{name}#{PurePosixPath(part).name}", _readable(archive.read(part), name), markdown=True)
-            except (KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-                told(SourceError(f"{name} lacks its part {part} ({_first_line(error)}): restore the file"))
+                html = archive.read(part)
+            except _ZIP_ERRORS as error:
+                told(
+                    SourceError(
+                        f"{name} lacks its part {part} ({_first_line(error)}): restore the file, or remove its password"
+                    )
+                )
+                continue
+            yield Document(f"{name}#{PurePosixPath(part).name}", _readable(html, name), markdown=True)
 
 
 def _spine(archive: zipfile.ZipFile, name: str) -> list[str]:

@@ -228,6 +228,33 @@ def test_archives_of_something_else_locked_files_and_scans_are_named(tmp_path: P
         assert reason in str(error)
 
 
+@pytest.mark.parametrize("damage", ["packed", "encrypted"])
+@pytest.mark.parametrize(
+    ("part", "reason"), [("text/one.xhtml", "lacks its part OEBPS/text/one.xhtml"), ("a.opf", "is no EPUB")]
+)
+def test_a_book_with_a_damaged_or_encrypted_part_is_named(tmp_path: Path, damage: str, part: str, reason: str) -> None:
+    made = epub(tmp_path / "a.epub", {"one.xhtml": "<p>One</p>", "two.xhtml": "<p>Two</p>"})
+    with zipfile.ZipFile(made) as archive:
+        whole = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry, held in whole.items():
+            archive.writestr(entry, held)
+        start = archive.getinfo(f"OEBPS/{part}").header_offset
+    data = bytearray(made.read_bytes())
+    name = f"OEBPS/{part}".encode()
+    if damage == "packed":
+        data[start + 30 + len(name)] = 0xFF  # no block of deflate begins so
+    else:
+        data[start + 6] |= 1
+        data[data.rindex(b"PK\x01\x02", 0, data.rindex(name)) + 8] |= 1
+    made.write_bytes(data)
+    (tmp_path / "z.txt").write_text("the last is read")
+    told: list[SourceError] = []
+    found = {name: text.strip() for name, text in texts(tmp_path, on_unreadable=told.append).items()}
+    assert found == {"z.txt": "the last is read"} | ({"a.epub#two.xhtml": "Two"} if part != "a.opf" else {})
+    assert [reason in str(error) for error in told] == [True]
+
+
 def test_what_is_unreadable_is_told_and_the_rest_is_read(tmp_path: Path) -> None:
     for n, (name, data, _) in enumerate(UNREADABLE[1:]):
         (tmp_path / f"{n}{name}").write_bytes(data)
