@@ -131,8 +131,8 @@ class Bank(BankReader):
         """Store a batch of references as text alone, to be encoded when they are read; how many were new.
 
         Raises:
-            BankError: a reference that saw its surroundings, that is empty or over-long, the disk is full, or another process
-                writes; nothing is stored then.
+            BankError: a reference that saw its surroundings, that is empty or over-long (none of the batch is stored then), the disk
+                is full, or another process writes.
         """
         by_id = {r.id: _storable(r) for r in reversed(references)}
         if any(r.context for r in references):

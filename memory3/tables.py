@@ -213,7 +213,7 @@ def index(table: Any, name: str, replace: bool = False) -> None:
 
 
 def _outgrown(stats: Any) -> bool:
-    """Whether so many vectors came since the index was made that looking at each of them at every search costs more."""
+    """Whether more vectors came since the index was made than `UNINDEXED` lets wait."""
     return bool(stats.num_unindexed_rows > stats.num_indexed_rows * UNINDEXED)
 
 
@@ -253,14 +253,13 @@ def spans_of(sources: Table, files: Sequence[str], files_of: Callable[[str], Ite
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if not files:
+        return []
+    wanted, condition = set(files), " OR ".join(f"starts_with(source, {quoted(file)})" for file in files[:_FILES_BY_QUERY])
     if len(files) <= _FILES_BY_QUERY:
-        condition = " OR ".join(f"starts_with(source, {quoted(file)})" for file in files)
-        table = sources.read(lambda table: table.search().where(condition).select(list(SPAN)).to_arrow()) if files else None
+        table = sources.read(lambda table: table.search().where(condition).select(list(SPAN)).to_arrow())
     else:
         table = sources.column(*SPAN)
-    if table is None:
-        return []
-    wanted = set(files)
     theirs = [name for name in table["source"].unique().to_pylist() if wanted.intersection(files_of(name))]
     rows = table.filter(pc.is_in(table["source"], value_set=pa.array(theirs, pa.string())))
     return list(zip(*(rows[name].to_pylist() for name in SPAN), strict=True))

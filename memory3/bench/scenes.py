@@ -91,8 +91,8 @@ def random_bank(
     """
     bank, spec = Bank(folder, decoder, create=True, codec=codec, embedder=embedder), decoder.spec
     positions = torch.arange(spec.slots, dtype=torch.uint8).expand(spec.pairs, -1).contiguous()
-    shape = (2, spec.pairs, spec.slots, decoder.head_dim)
-    for start in range(len(bank) // batch * batch, count if len(bank) < count else 0, batch):
+    shape, done = (2, spec.pairs, spec.slots, decoder.head_dim), len(bank)
+    for start in range(done // batch * batch, count, batch) if done < count else ():
         rng = np.random.default_rng([seed, start])
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         numbers = range(start, min(count, start + batch))

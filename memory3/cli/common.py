@@ -36,10 +36,7 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Most new tokens.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random here.")]
 Sample = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Sample at this temperature; default greedy.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default a GPU where there is one.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16 or float16; by default that of the model's files."),
-]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default that of the model's files.")]
 EmbedderDtype = Annotated[
     str | None, typer.Option("--dtype", help="Of the embedder: float32 (the default), bfloat16 or float16.")
 ]

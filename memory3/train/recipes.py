@@ -112,8 +112,8 @@ def continual_paper(inputs: Inputs) -> Run:
     """The paper's second stage from a warmed-up `--model`: every 64-token chunk of a 2,048-token sequence reads its own
     reference and those of the four chunks before, with the spec's tokens per head from the first step.
 
-    Data: text, and a `--bank` of references. A small model does not learn to read this way within 300 steps;
-    `thinned` is for those. Hardware: what holds the model four times, and 33 references beside each sequence: a step takes
+    Data: text, and a `--bank` of references. A small model that was trained so for 160 steps did not read
+    (docs/results.md); `thinned` is for those. Hardware: what holds the model four times, and 33 references beside each sequence: a step takes
     about twice as long as one of `warmup` (docs/results.md). Nobody has measured what it reaches.
     """
     return _continual(inputs, thinned=False)
