@@ -52,7 +52,15 @@ def test_spans_of_many_files_are_those_of_each(tmp_path: Path, monkeypatch: pyte
     def found(*files: str) -> list[str]:
         return sorted(source for _, source, _, _ in bank.spans_of(files))
 
-    wanted = {"a.jsonl": sources[:3], "b'%_.pdf": sources[3:4], "c.epub": sources[4:5], "d#1": sources[7:], "e": [], "a": []}
+    wanted = {
+        "a.jsonl": sources[:3],
+        "b'%_.pdf": sources[3:4],
+        "c.epub": sources[4:5],
+        "d#1": sources[7:],
+        "d": [],
+        "e": [],
+        "a": [],
+    }
     for most in (128, 1):
         monkeypatch.setattr(tables, "_FILES_BY_QUERY", most)
         assert {file: found(file) for file in wanted} == {file: sorted(names) for file, names in wanted.items()}
